@@ -2,4 +2,33 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod config;
+mod connect;
+mod connection;
+mod error;
+mod executor;
+mod maintenance;
+mod manager;
+mod observe;
+mod options;
+mod retry;
+mod session;
+mod statements;
+mod status;
+mod transaction;
+
+pub use config::{Reset, SessionConfig, TargetSessionAttrs};
+pub use connection::{Connection, CopyIn, CopyOut, RowStream};
+pub use error::{
+    AcquireError, AcquirePhase, CommitUnknown, ConnectError, ConnectionLost, DriverError, Error, ServerError,
+};
+pub use executor::Executor;
+pub use manager::{SessionManager, SessionManagerBuilder};
+pub use options::TransactionOptions;
+pub use retry::{RetryClass, RetryPolicy};
+pub use session::Session;
+pub use statements::{Source, ToStatement};
+pub use status::Status;
 pub use tokio_postgres;
+pub use tokio_postgres::{IsolationLevel, Row, Statement};
+pub use transaction::Transaction;

@@ -1,0 +1,7 @@
+//! How a connection is made, and how a running statement is cancelled over the same path.
+
+mod dial;
+mod wire;
+
+pub(crate) use dial::{Route, dial};
+pub(crate) use wire::{Observed, TransactionStatus, Wire};

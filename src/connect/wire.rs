@@ -1,0 +1,413 @@
+//! The frames that pass on a connection: what the driver does not tell, read off the stream without a round trip.
+//!
+//! tokio-postgres keeps the transaction status of ReadyForQuery, the tag of CommandComplete and every error nobody
+//! waits for to itself. [`Observed`] passes bytes through untouched and reads the frames' tags and lengths on the way;
+//! only four kinds of frame are looked into. What is learnt is stored before the driver sees the bytes, so it is there
+//! when the driver's answer is. (PostgreSQL manual, chapter 54.7 "Message Formats".)
+
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_postgres::error::SqlState;
+
+use crate::error::ServerError;
+
+/// Where the server says the session is, as of the last ReadyForQuery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TransactionStatus {
+    /// Not in a transaction block.
+    Idle,
+    /// In one.
+    Open,
+    /// In one that failed: everything but ROLLBACK is refused.
+    Failed,
+}
+
+/// What was read off one connection so far. Written by the task that drives the connection, read by everyone.
+#[derive(Debug, Default)]
+pub(crate) struct Wire {
+    status: AtomicU8,
+    begins: AtomicU32,
+    commits: AtomicU32,
+    discards: AtomicU32,
+    written: AtomicU64,
+    process_id: AtomicI32,
+    secret_key: AtomicI32,
+    journal: Mutex<Journal>,
+}
+
+/// The errors of the transaction under way, and the one that ended the connection.
+#[derive(Debug, Default)]
+struct Journal {
+    recording: bool,
+    errors: Vec<Arc<ServerError>>,
+    cured: Vec<Arc<ServerError>>,
+    fatal: Option<Arc<ServerError>>,
+}
+
+/// Enough errors to name a cause; a transaction can fail in a loop of savepoints for as long as it likes.
+const JOURNAL_LIMIT: usize = 16;
+
+impl Wire {
+    pub(crate) fn status(&self) -> TransactionStatus {
+        match self.status.load(Relaxed) {
+            b'T' => TransactionStatus::Open,
+            b'E' => TransactionStatus::Failed,
+            _ => TransactionStatus::Idle,
+        }
+    }
+
+    /// How many BEGIN or START TRANSACTION the server has confirmed. `PREPARE TRANSACTION` and the like end one.
+    pub(crate) fn begins(&self) -> u32 {
+        self.begins.load(Relaxed)
+    }
+
+    /// How many COMMITs the server has confirmed *as commits*.
+    pub(crate) fn commits(&self) -> u32 {
+        self.commits.load(Relaxed)
+    }
+
+    /// How many times all prepared statements were dropped (`DISCARD ALL`, `DEALLOCATE ALL`).
+    pub(crate) fn discards(&self) -> u32 {
+        self.discards.load(Relaxed)
+    }
+
+    /// How many bytes were handed to the socket.
+    pub(crate) fn written(&self) -> u64 {
+        self.written.load(Relaxed)
+    }
+
+    pub(crate) fn process_id(&self) -> i32 {
+        self.process_id.load(Relaxed)
+    }
+
+    pub(crate) fn secret_key(&self) -> i32 {
+        self.secret_key.load(Relaxed)
+    }
+
+    fn journal(&self) -> MutexGuard<'_, Journal> {
+        // Nothing panics while it is held; a poisoned journal is as good as any.
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts a new transaction's record.
+    pub(crate) fn record(&self) {
+        let mut journal = self.journal();
+        journal.recording = true;
+        journal.errors.clear();
+        journal.cured.clear();
+    }
+
+    /// Ends the record.
+    pub(crate) fn stop_recording(&self) {
+        self.journal().recording = false;
+    }
+
+    /// How many errors the transaction has seen and not yet rolled back to before.
+    pub(crate) fn mark(&self) -> usize {
+        self.journal().errors.len()
+    }
+
+    /// Forgets the errors since `mark`: ROLLBACK TO SAVEPOINT undid what they broke. Serialization failures and
+    /// deadlocks stay on a list of their own, since they come back after it (40001) or may be what the closure fails
+    /// with in the end.
+    pub(crate) fn cure(&self, mark: usize) {
+        let mut journal = self.journal();
+        let from = mark.min(journal.errors.len());
+        let cured = journal.errors.split_off(from);
+        for e in cured.into_iter().filter(|e| e.code.code().starts_with("40")) {
+            if journal.cured.len() < JOURNAL_LIMIT {
+                journal.cured.push(e);
+            }
+        }
+    }
+
+    /// The error that broke the transaction since `mark`: the first, and never 25P02, which is only its symptom.
+    pub(crate) fn first_error(&self, mark: usize) -> Option<Arc<ServerError>> {
+        self.journal().errors.get(mark).cloned()
+    }
+
+    /// A serialization failure or deadlock that a savepoint was rolled back for.
+    pub(crate) fn cured_error(&self) -> Option<Arc<ServerError>> {
+        self.journal().cured.first().cloned()
+    }
+
+    /// The FATAL error with which the server closed the connection.
+    pub(crate) fn fatal(&self) -> Option<Arc<ServerError>> {
+        self.journal().fatal.clone()
+    }
+
+    fn on_frame(&self, tag: u8, body: &[u8]) {
+        match tag {
+            b'Z' => self.status.store(body.first().copied().unwrap_or(b'I'), Relaxed),
+            b'C' => {
+                let counter = match body.split_last().map_or(body, |(_, tag)| tag) {
+                    b"BEGIN" | b"START TRANSACTION" => &self.begins,
+                    b"COMMIT" | b"PREPARE TRANSACTION" => &self.commits,
+                    b"DISCARD ALL" | b"DEALLOCATE ALL" => &self.discards,
+                    _ => return,
+                };
+                counter.fetch_add(1, Relaxed);
+            }
+            b'K' => {
+                if let Some((pid, rest)) = body.split_first_chunk() {
+                    self.process_id.store(i32::from_be_bytes(*pid), Relaxed);
+                    if let Some((key, _)) = rest.split_first_chunk() {
+                        self.secret_key.store(i32::from_be_bytes(*key), Relaxed);
+                    }
+                }
+            }
+            b'E' => self.on_error(body),
+            _ => {}
+        }
+    }
+
+    fn on_error(&self, body: &[u8]) {
+        let error = Arc::new(parse_error(body));
+        let mut journal = self.journal();
+        if error.fatal {
+            journal.fatal.get_or_insert_with(|| Arc::clone(&error));
+        }
+        if journal.recording
+            && error.code != SqlState::IN_FAILED_SQL_TRANSACTION
+            && journal.errors.len() < JOURNAL_LIMIT
+        {
+            journal.errors.push(error);
+        }
+    }
+}
+
+/// Reads the fields that are kept (manual, chapter 54.8).
+fn parse_error(mut body: &[u8]) -> ServerError {
+    let mut error = ServerError {
+        fatal: false,
+        code: SqlState::INTERNAL_ERROR,
+        message: "".into(),
+        constraint: None,
+        routine: None,
+    };
+    while let [kind, rest @ ..] = body {
+        if *kind == 0 {
+            break;
+        }
+        let end = rest.iter().position(|b| *b == 0).unwrap_or(rest.len());
+        let value = String::from_utf8_lossy(&rest[..end]);
+        match kind {
+            b'V' => error.fatal = matches!(&*value, "FATAL" | "PANIC"),
+            b'C' => error.code = SqlState::from_code(&value),
+            b'M' => error.message = value.into(),
+            b'n' => error.constraint = Some(value.into()),
+            b'R' => error.routine = Some(value.into()),
+            _ => {}
+        }
+        body = rest.get(end + 1..).unwrap_or_default();
+    }
+    error
+}
+
+/// Splits what the server sends into frames: a tag, a length that counts itself, and a body.
+#[derive(Debug, Default)]
+struct Frames {
+    header: [u8; 5],
+    filled: usize,
+    /// Bytes of the current body still to come.
+    left: usize,
+    body: Vec<u8>,
+}
+
+/// Error bodies can quote whole queries; more than this of one is not needed.
+const BODY_LIMIT: usize = 64 * 1024;
+
+impl Frames {
+    fn kept(tag: u8) -> bool {
+        matches!(tag, b'Z' | b'C' | b'E' | b'K')
+    }
+
+    fn feed(&mut self, mut bytes: &[u8], wire: &Wire) {
+        while !bytes.is_empty() {
+            if self.filled < 5 {
+                // The common case first: the whole frame is here.
+                if self.filled == 0 && bytes.len() >= 5 {
+                    let length = body_length(&bytes[1..5]);
+                    if let Some(body) = bytes.get(5..5 + length) {
+                        if Self::kept(bytes[0]) {
+                            wire.on_frame(bytes[0], body);
+                        }
+                        bytes = &bytes[5 + length..];
+                        continue;
+                    }
+                }
+                let take = bytes.len().min(5 - self.filled);
+                self.header[self.filled..self.filled + take].copy_from_slice(&bytes[..take]);
+                self.filled += take;
+                bytes = &bytes[take..];
+                if self.filled < 5 {
+                    return;
+                }
+                self.left = body_length(&self.header[1..]);
+                self.body.clear();
+            }
+            let take = bytes.len().min(self.left);
+            if Self::kept(self.header[0]) {
+                let room = BODY_LIMIT.saturating_sub(self.body.len());
+                self.body.extend_from_slice(&bytes[..take.min(room)]);
+            }
+            self.left -= take;
+            bytes = &bytes[take..];
+            if self.left == 0 {
+                if Self::kept(self.header[0]) {
+                    wire.on_frame(self.header[0], &self.body);
+                }
+                self.filled = 0;
+            }
+        }
+        // A body of no bytes whose header was split ends with its header.
+        if self.filled == 5 && self.left == 0 {
+            self.filled = 0;
+        }
+    }
+}
+
+fn body_length(bytes: &[u8]) -> usize {
+    let length = bytes.iter().fold(0u32, |n, b| n << 8 | u32::from(*b));
+    length.saturating_sub(4) as usize
+}
+
+/// A stream that tells a [`Wire`] what passes.
+#[derive(Debug)]
+pub(crate) struct Observed<S> {
+    stream: S,
+    frames: Frames,
+    wire: Arc<Wire>,
+}
+
+impl<S> Observed<S> {
+    pub(crate) fn new(stream: S, wire: Arc<Wire>) -> Self {
+        Self { stream, frames: Frames::default(), wire }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Observed<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
+        this.frames.feed(&buf.filled()[before..], &this.wire);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Observed<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = ready!(Pin::new(&mut this.stream).poll_write(cx, buf))?;
+        this.wire.written.fetch_add(written as u64, Relaxed);
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
+        let mut frame = vec![tag];
+        frame.extend((body.len() as u32 + 4).to_be_bytes());
+        frame.extend(body);
+        frame
+    }
+
+    fn session() -> Vec<u8> {
+        [
+            frame(b'K', &[0, 0, 0, 7, 0, 0, 0, 9]),
+            frame(b'Z', b"I"),
+            frame(b'C', b"BEGIN\0"),
+            frame(b'Z', b"T"),
+            frame(b'D', &[b'Z'; 300]),
+            frame(b'1', b""),
+            frame(b'E', b"SFEHLER\0VERROR\0C23505\0Mduplicate\0ncustomers_pkey\0\0"),
+            frame(b'E', b"SFEHLER\0VERROR\0C25P02\0Maborted\0\0"),
+            frame(b'Z', b"E"),
+            frame(b'C', b"ROLLBACK\0"),
+            frame(b'Z', b"I"),
+            frame(b'C', b"COMMIT\0"),
+            frame(b'n', b""),
+            frame(b'E', b"SFATAL\0VFATAL\0C57P01\0Mterminating\0\0"),
+        ]
+        .concat()
+    }
+
+    #[test]
+    fn any_split_of_the_bytes_is_read_alike() {
+        let bytes = session();
+        for step in (1..40).chain([bytes.len()]) {
+            let wire = Wire::default();
+            wire.record();
+            let mut frames = Frames::default();
+            for chunk in bytes.chunks(step) {
+                frames.feed(chunk, &wire);
+            }
+            assert_eq!(wire.status(), TransactionStatus::Idle, "step {step}");
+            assert_eq!((wire.begins(), wire.commits()), (1, 1), "step {step}");
+            assert_eq!((wire.process_id(), wire.secret_key()), (7, 9), "step {step}");
+            let first = wire.first_error(0).expect("recorded");
+            assert_eq!(first.code(), &SqlState::UNIQUE_VIOLATION, "step {step}");
+            assert_eq!(first.constraint(), Some("customers_pkey"), "step {step}");
+            assert_eq!(wire.fatal().expect("fatal").code().code(), "57P01", "step {step}");
+            assert_eq!(wire.mark(), 2, "25P02 is not counted; step {step}");
+        }
+    }
+
+    #[test]
+    fn the_status_follows_the_last_ready_for_query() {
+        let wire = Wire::default();
+        let mut frames = Frames::default();
+        for (byte, status) in [
+            (b'T', TransactionStatus::Open),
+            (b'E', TransactionStatus::Failed),
+            (b'I', TransactionStatus::Idle),
+        ] {
+            frames.feed(&frame(b'Z', &[byte]), &wire);
+            assert_eq!(wire.status(), status);
+        }
+    }
+
+    #[test]
+    fn a_cure_keeps_serialization_failures_in_mind() {
+        let wire = Wire::default();
+        wire.record();
+        wire.on_frame(b'E', b"VERROR\0C23505\0Ma\0\0");
+        let mark = wire.mark();
+        wire.on_frame(b'E', b"VERROR\0C40001\0Mb\0\0");
+        wire.on_frame(b'E', b"VERROR\0C22012\0Mc\0\0");
+        wire.cure(mark);
+        assert_eq!(wire.mark(), 1);
+        assert_eq!(wire.cured_error().expect("kept").code().code(), "40001");
+        wire.record();
+        assert_eq!(wire.mark(), 0);
+        assert!(wire.cured_error().is_none());
+    }
+
+    #[test]
+    fn lengths_no_server_sends_do_no_harm() {
+        let wire = Wire::default();
+        let mut frames = Frames::default();
+        frames.feed(&[b'E', 0, 0, 0, 0, b'Z', 0, 0, 0, 1, b'Z', 0, 0, 0, 5, b'T'], &wire);
+        assert_eq!(wire.status(), TransactionStatus::Open);
+        frames.feed(&[b'E', 0xff, 0xff, 0xff, 0xff], &wire);
+        frames.feed(&vec![1; 1 << 20], &wire);
+        assert!(frames.body.len() <= BODY_LIMIT);
+    }
+}

@@ -1,0 +1,357 @@
+//! One server connection: its client, its statement cache, and the verbs.
+
+mod link;
+mod pooled;
+mod reset;
+mod stream;
+mod turn;
+
+use std::fmt;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use bytes::Bytes;
+use deadpool_postgres::ClientWrapper;
+use postgres_types::ToSql;
+use tokio::runtime::Handle;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Row, Statement};
+
+pub(crate) use link::Link;
+pub(crate) use pooled::{ConnectionManager, Registration};
+pub use stream::{CopyIn, CopyOut, RowStream};
+pub(crate) use turn::{Turn, Verdict};
+
+use crate::connect::Wire;
+use crate::error::Error;
+use crate::statements::{Cached, Source, Statements, ToStatement};
+
+/// One server connection on loan: what [`Session`](crate::Session) and [`Transaction`](crate::Transaction) dereference
+/// to, and so the type that a function takes when it does not care which of them it gets.
+///
+/// ```no_run
+/// use pg_session::{Connection, Error};
+///
+/// async fn name_of(db: &Connection, id: i64) -> Result<Option<String>, Error> {
+///     let row = db.query_opt("SELECT name FROM users WHERE id = $1", &[&id]).await?;
+///     Ok(row.map(|row| row.get(0)))
+/// }
+/// # async fn f(sessions: pg_session::SessionManager) -> Result<(), Error> {
+/// let mut session = sessions.acquire().await?;
+/// name_of(&session, 1).await?;
+/// session.transaction(async |tx| name_of(tx, 2).await).await?;
+/// # Ok(()) }
+/// ```
+///
+/// The verbs are the driver's. Where they take SQL text, it is prepared the first time this connection sees it (one
+/// round trip more) and kept in a bounded cache. They take `&self`: several may run at once, as under `try_join!`, and
+/// are then pipelined in the order in which they were first polled.
+///
+/// # Cancel safety
+///
+/// The same for every verb. A future that was never polled has sent nothing. Dropped later, its statement is cancelled
+/// on the server in the background, within [`cleanup_timeout`](crate::SessionConfig::cleanup_timeout), and the next
+/// statement on this connection waits for that; whether it took effect is unknown outside a transaction. Inside one the
+/// transaction is aborted, as by any failed statement.
+pub struct Connection {
+    pub(crate) client: Arc<ClientWrapper>,
+    pub(crate) link: Arc<Link>,
+    statements: Mutex<Statements>,
+    watches_client: bool,
+    pub(crate) expires: Option<Instant>,
+    /// When it was last given back.
+    pub(crate) idle_since: Instant,
+    registration: Registration,
+}
+
+impl Connection {
+    pub(crate) fn wire(&self) -> &Wire {
+        &self.link.wire
+    }
+
+    fn statements(&self) -> MutexGuard<'_, Statements> {
+        // Invariant: the cache does not panic half-way.
+        self.statements.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The process id of the server's backend, as in `pg_stat_activity`.
+    #[must_use]
+    pub fn process_id(&self) -> i32 {
+        self.wire().process_id()
+    }
+
+    /// How many prepared statements the cache holds.
+    #[must_use]
+    pub fn cached_statements(&self) -> usize {
+        self.statements().len()
+    }
+
+    /// Where its I/O lives.
+    pub(crate) fn runtime(&self) -> Handle {
+        self.link.runtime.clone()
+    }
+
+    /// It goes back to the pool.
+    pub(crate) fn rest(&mut self) {
+        self.idle_since = Instant::now();
+    }
+
+    /// Which pool it belongs to.
+    pub(crate) fn pool_id(&self) -> usize {
+        self.registration.pool_id()
+    }
+
+    pub(crate) fn forget_statements(&self) {
+        self.statements().clear();
+    }
+
+    pub(crate) fn mark_dirty(&self) {
+        self.link.dirty.store(true, Relaxed);
+    }
+
+    /// The raw client, once nothing is under way. Whatever it is used for, the connection counts as dirty.
+    pub(crate) async fn lend_client(&mut self) -> Result<&mut tokio_postgres::Client, Error> {
+        // A turn settles, and sends what is pending.
+        self.turn().await?.finish();
+        self.link.flow().lent = true;
+        self.mark_dirty();
+        match Arc::get_mut(&mut self.client) {
+            Some(client) => Ok(client),
+            // Only a settling task has another handle, and it lets go before the turn above is granted.
+            None => Err(self.link.lost("its client is still in use")),
+        }
+    }
+
+    /// The statement for `sql`: given, cached, or prepared now.
+    async fn statement<S>(&self, turn: &mut Turn<'_>, sql: &S) -> Result<Cached, tokio_postgres::Error>
+    where
+        S: ToStatement + ?Sized,
+    {
+        let text = match sql.source() {
+            Source::Prepared(statement) => {
+                return Ok(Cached { statement: statement.clone(), leaves_state: false });
+            }
+            Source::Text(text) => text,
+        };
+        let cached = self.statements().get(text);
+        let cached = match cached {
+            Some(cached) => cached,
+            None => {
+                turn.set_preparing(true);
+                let statement = self.client.prepare(text).await?;
+                turn.set_preparing(false);
+                self.statements().insert(text, statement)
+            }
+        };
+        if cached.leaves_state {
+            self.mark_dirty();
+        }
+        Ok(cached)
+    }
+
+    /// Whether a statement failed because it was prepared before the schema changed or the cache was emptied behind
+    /// our back. Then it has had no effect, and is forgotten so that it will be prepared afresh.
+    fn is_stale<S>(&self, error: &tokio_postgres::Error, sql: &S) -> bool
+    where
+        S: ToStatement + ?Sized,
+    {
+        let Source::Text(text) = sql.source() else { return false };
+        let stale = error.as_db_error().is_some_and(|e| {
+            *e.code() == SqlState::INVALID_SQL_STATEMENT_NAME
+                || *e.code() == SqlState::FEATURE_NOT_SUPPORTED
+                    && e.routine() == Some("RevalidateCachedQuery")
+        });
+        if stale {
+            self.statements().remove(text);
+        }
+        stale
+    }
+}
+
+/// Runs `$call` with the prepared statement, under a turn; once more with a fresh one if it was stale and no
+/// transaction was aborted by that.
+macro_rules! with_statement {
+    ($self:ident, $sql:ident, |$statement:ident, $turn:ident| $call:expr) => {{
+        let mut $turn = $self.turn().await?;
+        let mut healed = false;
+        loop {
+            let result = match $self.statement(&mut $turn, $sql).await {
+                Ok(cached) => {
+                    let $statement = &cached.statement;
+                    $call.await
+                }
+                Err(e) => Err(e),
+            };
+            match result {
+                Ok(value) => break Ok((value, $turn)),
+                Err(e) => {
+                    if $self.is_stale(&e, $sql) && !healed && !$self.has_begun() {
+                        healed = true;
+                        continue;
+                    }
+                    $turn.finish();
+                    break Err($self.explain(e));
+                }
+            }
+        }
+    }};
+}
+
+impl Connection {
+    /// Runs a statement and collects its rows. One round trip from the cache.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Database`] if the server or the driver refuses it (wrong SQL, wrong number or types of parameters);
+    /// [`Error::Aborted`] if an earlier statement of the transaction failed; [`Error::ConnectionLost`];
+    /// [`Error::StreamOpen`].
+    pub async fn query<S>(&self, sql: &S, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, Error>
+    where
+        S: ToStatement + ?Sized,
+    {
+        let (rows, turn) =
+            with_statement!(self, sql, |statement, turn| self.client.query(statement, params))?;
+        turn.finish();
+        Ok(rows)
+    }
+
+    /// Runs a statement that returns exactly one row.
+    ///
+    /// # Errors
+    ///
+    /// As [`query`](Self::query), and [`Error::Database`] if there is no row or more than one.
+    pub async fn query_one<S>(&self, sql: &S, params: &[&(dyn ToSql + Sync)]) -> Result<Row, Error>
+    where
+        S: ToStatement + ?Sized,
+    {
+        let (row, turn) =
+            with_statement!(self, sql, |statement, turn| self.client.query_one(statement, params))?;
+        turn.finish();
+        Ok(row)
+    }
+
+    /// Runs a statement that returns at most one row.
+    ///
+    /// # Errors
+    ///
+    /// As [`query`](Self::query), and [`Error::Database`] if there is more than one row.
+    pub async fn query_opt<S>(&self, sql: &S, params: &[&(dyn ToSql + Sync)]) -> Result<Option<Row>, Error>
+    where
+        S: ToStatement + ?Sized,
+    {
+        let (row, turn) =
+            with_statement!(self, sql, |statement, turn| self.client.query_opt(statement, params))?;
+        turn.finish();
+        Ok(row)
+    }
+
+    /// Runs a statement and returns how many rows it touched.
+    ///
+    /// # Errors
+    ///
+    /// As [`query`](Self::query).
+    pub async fn execute<S>(&self, sql: &S, params: &[&(dyn ToSql + Sync)]) -> Result<u64, Error>
+    where
+        S: ToStatement + ?Sized,
+    {
+        let (rows, turn) =
+            with_statement!(self, sql, |statement, turn| self.client.execute(statement, params))?;
+        turn.finish();
+        Ok(rows)
+    }
+
+    /// Runs any SQL text, several statements included, without parameters, in one round trip.
+    ///
+    /// Outside a transaction the text is one implicit transaction, unless it says otherwise. The connection counts as
+    /// dirty afterwards: it is reset before the next session gets it. Never build the text from what users entered.
+    ///
+    /// # Errors
+    ///
+    /// As [`query`](Self::query).
+    pub async fn batch_execute(&self, sql: &str) -> Result<(), Error> {
+        let turn = self.turn().await?;
+        self.mark_dirty();
+        let result = self.client.batch_execute(sql).await;
+        turn.finish();
+        result.map_err(|e| self.explain(e))
+    }
+
+    /// Prepares a statement, or takes it from the cache. Seldom needed, since every verb does so; the statement is
+    /// good on this connection only.
+    ///
+    /// # Errors
+    ///
+    /// As [`query`](Self::query).
+    pub async fn prepare(&self, sql: &str) -> Result<Statement, Error> {
+        let mut turn = self.turn().await?;
+        let result = self.statement(&mut turn, sql).await;
+        turn.finish();
+        result.map(|cached| cached.statement).map_err(|e| self.explain(e))
+    }
+
+    /// Runs a statement and reads its rows as they come, with bounded memory. Until the stream is read to its end or
+    /// dropped, other statements on this connection fail with [`Error::StreamOpen`]; dropped early, the rest is
+    /// cancelled on the server.
+    ///
+    /// # Errors
+    ///
+    /// As [`query`](Self::query); an error in the middle comes out of the stream.
+    pub async fn query_stream<S>(
+        &self,
+        sql: &S,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<RowStream<'_>, Error>
+    where
+        S: ToStatement + ?Sized,
+    {
+        let (rows, turn) = with_statement!(self, sql, |statement, turn| {
+            turn.set_streaming();
+            self.client.query_raw(statement, params.iter().copied())
+        })?;
+        Ok(RowStream::new(self, rows, turn))
+    }
+
+    /// Starts `COPY … FROM STDIN`. Data goes in through the returned sink; nothing is stored unless it is
+    /// [finished](CopyIn::finish).
+    ///
+    /// # Errors
+    ///
+    /// As [`query`](Self::query).
+    pub async fn copy_in<S>(&self, sql: &S) -> Result<CopyIn<'_>, Error>
+    where
+        S: ToStatement + ?Sized,
+    {
+        let (sink, turn) = with_statement!(self, sql, |statement, turn| {
+            turn.set_streaming();
+            self.client.copy_in::<_, Bytes>(statement)
+        })?;
+        Ok(CopyIn::new(self, sink, turn))
+    }
+
+    /// Starts `COPY … TO STDOUT` and streams what it yields.
+    ///
+    /// # Errors
+    ///
+    /// As [`query`](Self::query); an error in the middle comes out of the stream.
+    pub async fn copy_out<S>(&self, sql: &S) -> Result<CopyOut<'_>, Error>
+    where
+        S: ToStatement + ?Sized,
+    {
+        let (stream, turn) = with_statement!(self, sql, |statement, turn| {
+            turn.set_streaming();
+            self.client.copy_out(statement)
+        })?;
+        Ok(CopyOut::new(self, stream, turn))
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection")
+            .field("process_id", &self.process_id())
+            .field("status", &self.wire().status())
+            .field("cached_statements", &self.cached_statements())
+            .finish_non_exhaustive()
+    }
+}

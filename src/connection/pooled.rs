@@ -1,0 +1,232 @@
+//! What deadpool calls to make a connection and to look at one before it is lent again; and the register of all that
+//! are open.
+
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use deadpool::managed::{Manager, Metrics, RecycleError, RecycleResult};
+use deadpool_postgres::ClientWrapper;
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio::time::timeout;
+
+use super::link::Link;
+use super::{Connection, reset};
+use crate::config::SessionConfig;
+use crate::connect::dial;
+use crate::error::{ConnectCause, ConnectError, DriverError};
+use crate::retry::jitter;
+use crate::statements::Statements;
+
+/// How long an idle connection may take to show a sign of life.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+/// The first pause after a server that is starting or full; it doubles up to the second.
+const CONNECT_PAUSE: Duration = Duration::from_millis(20);
+const CONNECT_PAUSE_MAX: Duration = Duration::from_millis(500);
+
+/// Makes connections for one pool.
+#[derive(Debug)]
+pub(crate) struct ConnectionManager {
+    config: Arc<SessionConfig>,
+    register: Arc<Register>,
+    connecting: AtomicUsize,
+    last_error: Mutex<Option<Arc<ConnectError>>>,
+}
+
+impl ConnectionManager {
+    pub(crate) fn new(config: Arc<SessionConfig>) -> Self {
+        Self {
+            config,
+            register: Arc::default(),
+            connecting: AtomicUsize::new(0),
+            last_error: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn register(&self) -> &Arc<Register> {
+        &self.register
+    }
+
+    /// How many callers are connecting right now.
+    pub(crate) fn connecting(&self) -> usize {
+        self.connecting.load(Relaxed)
+    }
+
+    /// The last failure to connect, unless a connection was made since.
+    pub(crate) fn last_error(&self) -> Option<Arc<ConnectError>> {
+        self.last_error_slot().clone()
+    }
+
+    fn last_error_slot(&self) -> MutexGuard<'_, Option<Arc<ConnectError>>> {
+        self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn connect(&self) -> Result<Connection, ConnectError> {
+        let dialled = dial(&self.config).await?;
+        let target = dialled.route.to_string();
+        let runtime = Handle::current();
+        let mut connection = dialled.connection;
+        // Notices and notifications have no reader; the driver's own loop would log notices.
+        let task = runtime
+            .spawn(async move { while let Some(Ok(_)) = poll_fn(|cx| connection.poll_message(cx)).await {} });
+        let driver = task.abort_handle();
+        let client = Arc::new(ClientWrapper::new(dialled.client, task));
+        let set_up = timeout(self.config.connect_timeout, reset::set_up(&client)).await;
+        let failed = |cause| ConnectError { target, phase: "setting up the session", cause };
+        let watches_client = match set_up {
+            Ok(Ok(watches)) => watches,
+            Ok(Err(e)) => return Err(failed(ConnectCause::Driver(DriverError(e)))),
+            Err(_) => return Err(failed(ConnectCause::TimedOut(self.config.connect_timeout))),
+        };
+        let link =
+            Arc::new(Link::new(dialled.wire, Arc::clone(&self.config), dialled.route, driver, runtime));
+        let now = Instant::now();
+        Ok(Connection {
+            client,
+            statements: Mutex::new(Statements::new(self.config.statement_cache_capacity)),
+            watches_client,
+            expires: self.config.max_lifetime.map(|life| now + life - jitter(life / 10)),
+            idle_since: now,
+            registration: self.register.add(&link),
+            link,
+        })
+    }
+}
+
+impl Manager for ConnectionManager {
+    type Type = Connection;
+    type Error = Arc<ConnectError>;
+
+    async fn create(&self) -> Result<Connection, Self::Error> {
+        self.connecting.fetch_add(1, Relaxed);
+        let _count = Count(&self.connecting);
+        let mut pause = CONNECT_PAUSE;
+        loop {
+            match self.connect().await {
+                Ok(connection) => {
+                    *self.last_error_slot() = None;
+                    return Ok(connection);
+                }
+                Err(e) => {
+                    // A server that is starting (57P03) or full (53300) is worth waiting for; the acquire has a limit.
+                    let busy = e.code().is_some_and(|code| matches!(code.code(), "57P03" | "53300"));
+                    let e = Arc::new(e);
+                    *self.last_error_slot() = Some(Arc::clone(&e));
+                    if !busy {
+                        return Err(e);
+                    }
+                    tokio::time::sleep(pause / 2 + jitter(pause / 2)).await;
+                    pause = (pause * 2).min(CONNECT_PAUSE_MAX);
+                }
+            }
+        }
+    }
+
+    async fn recycle(&self, connection: &mut Connection, _: &Metrics) -> RecycleResult<Self::Error> {
+        if !connection.is_usable() {
+            return Err(RecycleError::message("closed"));
+        }
+        let idle = connection.idle_since.elapsed();
+        if connection.is_expired() || self.config.idle_timeout.is_some_and(|limit| idle > limit) {
+            return Err(RecycleError::message("expired"));
+        }
+        if idle > self.config.check_after_idle {
+            match timeout(CHECK_TIMEOUT, connection.client.check_connection()).await {
+                Ok(Ok(())) => {}
+                _ => return Err(RecycleError::message("dead")),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Connection {
+    fn is_usable(&self) -> bool {
+        self.link.flow().broken.is_none() && !self.client.is_closed() && self.wire().fatal().is_none()
+    }
+
+    pub(crate) fn is_expired(&self) -> bool {
+        self.expires.is_some_and(|at| at <= Instant::now())
+    }
+}
+
+struct Count<'a>(&'a AtomicUsize);
+
+impl Drop for Count<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Every open connection of a pool, lent or not: what closing has to wait for, and may have to cut.
+#[derive(Debug, Default)]
+pub(crate) struct Register {
+    open: Mutex<HashMap<u64, Arc<Link>>>,
+    next: AtomicU64,
+    emptied: Notify,
+}
+
+impl Register {
+    fn open(&self) -> MutexGuard<'_, HashMap<u64, Arc<Link>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(self: &Arc<Self>, link: &Arc<Link>) -> Registration {
+        let id = self.next.fetch_add(1, Relaxed);
+        self.open().insert(id, Arc::clone(link));
+        Registration { register: Arc::clone(self), id }
+    }
+
+    /// A number that no other living pool has.
+    pub(crate) fn id(self: &Arc<Self>) -> usize {
+        Arc::as_ptr(self) as usize
+    }
+
+    /// Waits until none is open.
+    pub(crate) async fn empty(&self) {
+        loop {
+            let mut emptied = std::pin::pin!(self.emptied.notified());
+            emptied.as_mut().enable();
+            if self.open().is_empty() {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
+    /// Cuts all that are open; returns how many.
+    pub(crate) fn cut(&self, reason: &'static str) -> usize {
+        let open = self.open();
+        for link in open.values() {
+            link.cut(reason);
+        }
+        open.len()
+    }
+}
+
+/// A connection's entry in the register, for as long as the connection lives.
+#[derive(Debug)]
+pub(crate) struct Registration {
+    register: Arc<Register>,
+    id: u64,
+}
+
+impl Registration {
+    pub(super) fn pool_id(&self) -> usize {
+        self.register.id()
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let mut open = self.register.open();
+        open.remove(&self.id);
+        if open.is_empty() {
+            drop(open);
+            self.register.emptied.notify_waiters();
+        }
+    }
+}

@@ -1,0 +1,384 @@
+//! One request at a time's worth of care: taking a turn, and the statements that begin and end transactions.
+
+use std::pin::pin;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context, Poll, Waker};
+
+use tokio::time::timeout;
+use tokio_postgres::Client;
+use tokio_postgres::error::{Severity, SqlState};
+
+use super::link::{PANICKED, STALLED};
+use super::{Connection, reset};
+use crate::config::Reset;
+use crate::connect::TransactionStatus;
+use crate::error::{DriverError, Error, ServerError};
+use crate::options::BeginKind;
+
+/// A prepared statement that was abandoned costs the server memory for as long as the connection lives.
+const LEAK_LIMIT: u32 = 20;
+
+/// One request under way. Dropped before its end, it leaves the connection unsettled.
+#[derive(Debug)]
+pub(crate) struct Turn<'a> {
+    connection: &'a Connection,
+    preparing: bool,
+    streaming: bool,
+    done: bool,
+}
+
+impl Turn<'_> {
+    /// The request has had its answer.
+    pub(crate) fn finish(mut self) {
+        self.conclude();
+    }
+
+    /// As [`finish`](Self::finish), for those that hold a turn in a struct.
+    pub(crate) fn conclude(&mut self) {
+        if std::mem::replace(&mut self.done, true) {
+            return;
+        }
+        let link = &self.connection.link;
+        let mut flow = link.flow();
+        flow.live -= 1;
+        flow.streaming &= !self.streaming;
+        if flow.settling {
+            drop(flow);
+            link.changed();
+        }
+    }
+
+    pub(crate) fn set_preparing(&mut self, preparing: bool) {
+        self.preparing = preparing;
+    }
+
+    /// From here on the driver reads no other answer until this one is read to its end.
+    pub(crate) fn set_streaming(&mut self) {
+        self.streaming = true;
+        self.connection.link.flow().streaming = true;
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        let link = &self.connection.link;
+        let mut flow = link.flow();
+        flow.live -= 1;
+        flow.abandoned = true;
+        flow.confirming = false;
+        flow.streaming &= !self.streaming;
+        flow.leaked_statements += u32::from(self.preparing);
+        if std::thread::panicking() {
+            // A panic in a parameter's `ToSql` leaves half a message in the driver's buffer.
+            flow.broken.get_or_insert(PANICKED);
+        } else {
+            link.start_settling(&mut flow, &self.connection.client);
+        }
+        drop(flow);
+        link.changed();
+    }
+}
+
+enum Entry {
+    Go,
+    Wait,
+    Confirm(String, BeginKind),
+}
+
+/// What becomes of a connection when its session ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Clean,
+    Repair,
+    Close(&'static str),
+}
+
+impl Connection {
+    fn new_turn(&self) -> Turn<'_> {
+        Turn { connection: self, preparing: false, streaming: false, done: false }
+    }
+
+    /// Takes a turn: waits until the connection is settled, and hands the driver whatever is pending, so that it
+    /// travels with the request that follows.
+    pub(crate) async fn turn(&self) -> Result<Turn<'_>, Error> {
+        loop {
+            match self.enter()? {
+                Entry::Go => return Ok(self.new_turn()),
+                Entry::Wait => self.link.until(|flow| !flow.settling && !flow.confirming).await,
+                Entry::Confirm(sql, kind) => self.confirm(sql, kind).await?,
+            }
+        }
+    }
+
+    fn enter(&self) -> Result<Entry, Error> {
+        let mut flow = self.link.flow();
+        if let Some(reason) = flow.broken {
+            drop(flow);
+            return Err(self.link.lost(reason));
+        }
+        if flow.settling || flow.confirming {
+            return Ok(Entry::Wait);
+        }
+        if flow.streaming {
+            return Err(Error::StreamOpen);
+        }
+        if !flow.pending.is_empty() {
+            let begin = flow.begin.take();
+            flow.begun |= begin.is_some();
+            if let Some(kind) = begin.filter(|kind| flow.confirmed & kind.bit() == 0) {
+                flow.confirming = true;
+                flow.live += 1;
+                return Ok(Entry::Confirm(std::mem::take(&mut flow.pending), kind));
+            }
+            // Under the lock, so that no other request can reach the driver in between.
+            let result = enqueue(&self.client, &flow.pending);
+            flow.pending.clear();
+            if let Err(e) = result {
+                drop(flow);
+                return Err(self.explain(e));
+            }
+        }
+        flow.live += 1;
+        Ok(Entry::Go)
+    }
+
+    /// Awaits a BEGIN on its own, the first time its kind is used on this connection: a standby refuses READ WRITE
+    /// and SERIALIZABLE, a pooler may refuse BEGIN, and a statement sent along would then run outside of it.
+    async fn confirm(&self, sql: String, kind: BeginKind) -> Result<(), Error> {
+        let turn = self.new_turn();
+        let result = self.client.batch_execute(&sql).await;
+        if result.is_err() {
+            // The driver answers with the error before it has read ReadyForQuery; the fence waits for that.
+            let _ = self.client.check_connection().await;
+        }
+        {
+            let mut flow = self.link.flow();
+            match &result {
+                Ok(()) => flow.confirmed |= kind.bit(),
+                // The next statement has to fail as well, and never to run outside.
+                Err(_) => {
+                    flow.pending = sql;
+                    flow.begin = Some(kind);
+                    flow.begun = self.link.wire.status() != TransactionStatus::Idle;
+                }
+            }
+            flow.confirming = false;
+        }
+        turn.finish();
+        self.link.changed();
+        result.map_err(|e| self.explain(e))
+    }
+
+    /// The driver's error in this crate's terms.
+    pub(crate) fn explain(&self, error: tokio_postgres::Error) -> Error {
+        let link = &self.link;
+        if error.is_closed() {
+            return link.lost("the connection was closed");
+        }
+        let Some(server) = error.as_db_error() else {
+            return Error::Database(DriverError(error));
+        };
+        if matches!(server.parsed_severity(), Some(Severity::Fatal | Severity::Panic)) {
+            const ENDED: &str = "the server ended the session";
+            link.poison(ENDED);
+            return link.lost(ENDED);
+        }
+        if *server.code() == SqlState::IN_FAILED_SQL_TRANSACTION {
+            if let Some(first) = link.wire.first_error(0) {
+                return Error::Aborted(Box::new(ServerError::clone(&first)));
+            }
+        }
+        Error::Database(DriverError(error))
+    }
+
+    /// Starts a transaction: nothing is sent yet. `again` ends the attempt before it in the same message.
+    pub(crate) fn begin_with(&self, kind: BeginKind, sql: &str, again: bool) -> Result<(), Error> {
+        let mut flow = self.link.flow();
+        if !again {
+            if self.link.wire.status() != TransactionStatus::Idle {
+                return Err(Error::InTransaction);
+            }
+            flow.begun = false;
+        }
+        flow.pending.clear();
+        if flow.begun {
+            flow.pending.push_str("ROLLBACK;");
+        }
+        flow.pending.push_str(sql);
+        flow.begin = Some(kind);
+        self.link.wire.record();
+        Ok(())
+    }
+
+    /// Puts SQL ahead of the next statement.
+    pub(crate) fn queue(&self, sql: &str) {
+        self.link.flow().pending.push_str(sql);
+    }
+
+    /// Takes back what was queued last, unless it has been sent.
+    pub(crate) fn retract(&self, sql: &str) -> bool {
+        let mut flow = self.link.flow();
+        let unsent = flow.pending.ends_with(sql);
+        if unsent {
+            let length = flow.pending.len() - sql.len();
+            flow.pending.truncate(length);
+        }
+        unsent
+    }
+
+    /// Forgets the errors since `mark`, which ROLLBACK TO SAVEPOINT undoes; those still to come too.
+    pub(crate) fn cure(&self, mark: usize) {
+        let mut flow = self.link.flow();
+        if flow.settling {
+            flow.cure = Some(flow.cure.map_or(mark, |earlier| earlier.min(mark)));
+        }
+        self.wire().cure(mark);
+    }
+
+    pub(crate) fn has_pending(&self) -> bool {
+        !self.link.flow().pending.is_empty()
+    }
+
+    pub(crate) fn drop_pending(&self) {
+        self.link.flow().pending.clear();
+    }
+
+    /// Whether anything of the transaction has reached the server.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.link.flow().begun
+    }
+
+    /// Sends what is pending and `sql` as one message, and waits for the answer. `commit` protects it from being
+    /// cancelled. Nothing else may be under way.
+    pub(crate) async fn control(&self, sql: &str, commit: bool) -> Result<(), tokio_postgres::Error> {
+        let message = {
+            let mut flow = self.link.flow();
+            flow.live += 1;
+            flow.committing = commit;
+            flow.begin = None;
+            let mut message = std::mem::take(&mut flow.pending);
+            message.push_str(sql);
+            message
+        };
+        let turn = self.new_turn();
+        let result = self.client.batch_execute(&message).await;
+        self.link.flow().committing = false;
+        turn.finish();
+        result
+    }
+
+    /// The transaction has come to its end, whichever.
+    pub(crate) fn end_transaction(&self) {
+        let mut flow = self.link.flow();
+        flow.pending.clear();
+        flow.begin = None;
+        flow.begun = false;
+        self.link.wire.stop_recording();
+    }
+
+    /// The transaction was dropped in the middle: roll it back in the background.
+    pub(crate) fn give_up_transaction(&self) {
+        let mut flow = self.link.flow();
+        flow.pending.clear();
+        flow.begin = None;
+        flow.cure = None;
+        self.link.wire.stop_recording();
+        if std::mem::take(&mut flow.begun) {
+            if std::thread::panicking() {
+                flow.broken.get_or_insert(PANICKED);
+            } else {
+                flow.give_up = true;
+                self.link.start_settling(&mut flow, &self.client);
+            }
+        }
+    }
+
+    /// What to do with the connection now that its session ends.
+    pub(crate) fn verdict(&self) -> Verdict {
+        let flow = self.link.flow();
+        if std::thread::panicking() {
+            return Verdict::Close(PANICKED);
+        }
+        if let Some(reason) = flow.broken {
+            return Verdict::Close(reason);
+        }
+        if self.client.is_closed() {
+            return Verdict::Close("the connection was closed");
+        }
+        if flow.leaked_statements >= LEAK_LIMIT {
+            return Verdict::Close("too many prepared statements were abandoned on it");
+        }
+        if self.link.wire.discards() > 0 {
+            // The driver keeps statements of its own for looking up types, and cannot be told that they are gone.
+            return Verdict::Close("its prepared statements were discarded");
+        }
+        let idle = self.link.wire.status() == TransactionStatus::Idle;
+        if flow.settling || flow.lent || self.wants_reset() || !idle {
+            Verdict::Repair
+        } else {
+            Verdict::Clean
+        }
+    }
+
+    fn wants_reset(&self) -> bool {
+        match self.link.config.reset {
+            Reset::WhenDirty => self.link.dirty.load(Relaxed),
+            Reset::Always => true,
+            Reset::Never => false,
+        }
+    }
+
+    /// Brings a returned connection back to the state it had when it was made, within the clean-up timeout.
+    pub(crate) async fn repair(&self) -> Result<(), &'static str> {
+        let link = &self.link;
+        link.until(|flow| !flow.settling).await;
+        if let Some(reason) = link.flow().broken {
+            return Err(reason);
+        }
+        match timeout(link.config.cleanup_timeout, self.restore()).await {
+            Ok(Ok(())) if link.wire.status() == TransactionStatus::Idle => Ok(()),
+            Ok(Ok(())) => Err("it stayed in a transaction after ROLLBACK"),
+            Ok(Err(_)) => Err("it could not be reset"),
+            Err(_) => Err(STALLED),
+        }
+    }
+
+    async fn restore(&self) -> Result<(), tokio_postgres::Error> {
+        let link = &self.link;
+        if link.flow().lent {
+            link.quiesce(&self.client).await?;
+        }
+        link.roll_back(&self.client).await?;
+        if self.wants_reset() {
+            reset::reset(&self.client, self.watches_client).await?;
+        }
+        link.dirty.store(false, Relaxed);
+        link.flow().lent = false;
+        Ok(())
+    }
+
+    /// Closes it for good; first stops what may be running on the server.
+    pub(crate) fn close(self, reason: &'static str) {
+        self.link.poison(reason);
+        let busy = {
+            let flow = self.link.flow();
+            flow.live > 0 || flow.settling || flow.abandoned || flow.lent
+        };
+        if busy {
+            let runtime = self.runtime();
+            runtime.spawn(async move { self.link.cancel_and_hang_up().await });
+        }
+    }
+}
+
+/// Hands a simple query to the driver and does not wait for the answer: the driver enqueues at the first poll and
+/// discards the answer of a dropped future.
+fn enqueue(client: &Client, sql: &str) -> Result<(), tokio_postgres::Error> {
+    match pin!(client.batch_execute(sql)).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(Err(e)) => Err(e),
+        Poll::Ready(Ok(())) | Poll::Pending => Ok(()),
+    }
+}

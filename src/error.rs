@@ -1,0 +1,502 @@
+//! What can go wrong, and what may be done about it.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_postgres::error::{DbError, SqlState};
+
+use crate::retry::RetryClass;
+use crate::status::Status;
+
+/// Everything a session, a transaction or the pool can fail with.
+///
+/// Two machine words, so that it travels cheaply in every `Result`. Ask it questions rather than taking it apart:
+/// [`code`](Self::code), [`constraint`](Self::constraint), [`is_unique_violation`](Self::is_unique_violation) and
+/// their like look through every variant, so they answer the same whether an error came from a statement, from COMMIT
+/// or at the end of ten attempts. Messages are lower-case, carry no parameter values and no row data, and never
+/// repeat their [source](std::error::Error::source).
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A setting, URL or option that cannot be used. Nothing was sent anywhere.
+    #[error("invalid configuration: {0}")]
+    Config(Box<str>),
+
+    /// No connection could be made.
+    #[error(transparent)]
+    Connect(Arc<ConnectError>),
+
+    /// No session could be lent in time.
+    #[error(transparent)]
+    Acquire(Box<AcquireError>),
+
+    /// The server or the driver refused a statement; the session is still usable.
+    #[error(transparent)]
+    Database(DriverError),
+
+    /// The connection is gone; a statement that was under way has no known result unless it was inside a
+    /// transaction, which is then rolled back.
+    #[error(transparent)]
+    ConnectionLost(Box<ConnectionLost>),
+
+    /// The transaction was rolled back because a statement in it failed earlier; the source is that first failure.
+    ///
+    /// The answer to a swallowed statement error: PostgreSQL turns the COMMIT of an aborted transaction into a
+    /// ROLLBACK and reports success.
+    #[error("the transaction is aborted by an earlier error")]
+    Aborted(#[source] Box<ServerError>),
+
+    /// SQL inside the transaction ended it or began another (`COMMIT`, `ROLLBACK`, `BEGIN`, `… AND CHAIN`), so what
+    /// it did is not one unit of work. Whether it was committed is up to that SQL. The connection is closed.
+    #[error("SQL inside the transaction ended it or began another one; the connection was closed")]
+    TransactionEnded,
+
+    /// The session is inside a transaction that raw SQL began (`BEGIN` by [`batch_execute`]), so another cannot be begun.
+    ///
+    /// [`batch_execute`]: crate::Connection::batch_execute
+    #[error("the session is inside a transaction that SQL began; end that one first")]
+    InTransaction,
+
+    /// COMMIT was sent and its answer never came: the transaction is either committed or rolled back. Never retried.
+    #[error(transparent)]
+    CommitUnknown(Box<CommitUnknown>),
+
+    /// The transaction was attempted as often, or for as long, as its policy allows; the source is the last failure.
+    #[error("the transaction failed in all of its {attempts} attempts")]
+    RetriesExhausted {
+        /// How many times the closure ran, the first run included.
+        attempts: u32,
+        /// What the last attempt failed with.
+        source: Box<Self>,
+    },
+
+    /// The transaction's [deadline](crate::TransactionOptions::deadline) passed. It was rolled back.
+    #[error("the transaction did not finish within its deadline of {after:?} ({attempts} attempts begun)")]
+    DeadlineExceeded {
+        /// The deadline that was set.
+        after: Duration,
+        /// How many attempts had begun.
+        attempts: u32,
+    },
+
+    /// A row stream or COPY is still open on this session; finish or drop it before the next statement.
+    #[error("a row stream or COPY is still open on this session; finish or drop it first")]
+    StreamOpen,
+}
+
+impl Error {
+    pub(crate) fn config(message: impl Into<Box<str>>) -> Self {
+        Self::Config(message.into())
+    }
+
+    pub(crate) fn lost(reason: &'static str, fatal: Option<Arc<ServerError>>) -> Self {
+        Self::ConnectionLost(Box::new(ConnectionLost { reason, fatal }))
+    }
+
+    /// The SQLSTATE the server gave, whichever variant carries it.
+    #[must_use]
+    pub fn code(&self) -> Option<&SqlState> {
+        match self {
+            Self::Connect(e) => e.code(),
+            Self::Acquire(e) => e.last_connect_error.as_ref().and_then(|e| e.code()),
+            Self::Database(e) => e.0.code(),
+            Self::ConnectionLost(e) => e.fatal.as_ref().map(|e| e.code()),
+            Self::Aborted(e) => Some(e.code()),
+            Self::CommitUnknown(e) => e.code(),
+            Self::RetriesExhausted { source, .. } => source.code(),
+            _ => None,
+        }
+    }
+
+    /// The name of the violated constraint, for SQLSTATE class 23.
+    #[must_use]
+    pub fn constraint(&self) -> Option<&str> {
+        match self {
+            Self::Database(e) => e.0.as_db_error().and_then(DbError::constraint),
+            Self::Aborted(e) => e.constraint(),
+            Self::RetriesExhausted { source, .. } => source.constraint(),
+            _ => None,
+        }
+    }
+
+    /// The server's own error in the driver's type, if a statement or COMMIT was answered with one.
+    ///
+    /// It carries DETAIL and HINT, which quote row data: mind where it is shown.
+    #[must_use]
+    pub fn db_error(&self) -> Option<&DbError> {
+        match self {
+            Self::Database(e) => e.0.as_db_error(),
+            Self::RetriesExhausted { source, .. } => source.db_error(),
+            _ => None,
+        }
+    }
+
+    fn is(&self, state: &SqlState) -> bool {
+        self.code() == Some(state)
+    }
+
+    /// SQLSTATE 23505: a row with this key exists.
+    #[must_use]
+    pub fn is_unique_violation(&self) -> bool {
+        self.is(&SqlState::UNIQUE_VIOLATION)
+    }
+
+    /// SQLSTATE 23503: a referenced row is missing, or a row is still referenced.
+    #[must_use]
+    pub fn is_foreign_key_violation(&self) -> bool {
+        self.is(&SqlState::FOREIGN_KEY_VIOLATION)
+    }
+
+    /// SQLSTATE 23514: a CHECK constraint refused the row.
+    #[must_use]
+    pub fn is_check_violation(&self) -> bool {
+        self.is(&SqlState::CHECK_VIOLATION)
+    }
+
+    /// SQLSTATE 23502: a NULL where none may be.
+    #[must_use]
+    pub fn is_not_null_violation(&self) -> bool {
+        self.is(&SqlState::NOT_NULL_VIOLATION)
+    }
+
+    /// SQLSTATE 40001: concurrent transactions could not be put in an order.
+    #[must_use]
+    pub fn is_serialization_failure(&self) -> bool {
+        self.is(&SqlState::T_R_SERIALIZATION_FAILURE)
+    }
+
+    /// SQLSTATE 40P01: the server broke a deadlock by ending this transaction.
+    #[must_use]
+    pub fn is_deadlock(&self) -> bool {
+        self.is(&SqlState::T_R_DEADLOCK_DETECTED)
+    }
+
+    /// Whether running the whole transaction again is what PostgreSQL advises: 40001 and 40P01, not answered by an
+    /// [unknown commit](Self::CommitUnknown).
+    ///
+    /// ```
+    /// # fn f(error: pg_session::Error) {
+    /// if error.is_retryable() {
+    ///     // all attempts of the policy were used up: ask the client to come back later
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        !matches!(self, Self::CommitUnknown(_))
+            && self.code().is_some_and(|code| {
+                matches!(RetryClass::of(code.code()), Some(RetryClass::Serialization | RetryClass::Deadlock))
+            })
+    }
+
+    /// Whether a limit on time was reached: waiting for a session, connecting, or a transaction's deadline.
+    #[must_use]
+    pub fn is_timeout(&self) -> bool {
+        match self {
+            Self::Acquire(e) => !matches!(e.phase, AcquirePhase::Closed | AcquirePhase::TooManyWaiters),
+            Self::Connect(e) => matches!(e.cause, ConnectCause::TimedOut(_)),
+            Self::DeadlineExceeded { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Whether the pool was closed with [`SessionManager::close`](crate::SessionManager::close).
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        matches!(self, Self::Acquire(e) if e.phase == AcquirePhase::Closed)
+    }
+
+    /// Whether the connection was lost before the work was done.
+    #[must_use]
+    pub fn is_connection_lost(&self) -> bool {
+        match self {
+            Self::ConnectionLost(_) => true,
+            Self::RetriesExhausted { source, .. } => source.is_connection_lost(),
+            _ => false,
+        }
+    }
+
+    /// Whether COMMIT was sent and not answered, so that the transaction may or may not have been committed.
+    #[must_use]
+    pub fn is_commit_unknown(&self) -> bool {
+        matches!(self, Self::CommitUnknown(_))
+    }
+}
+
+/// The driver's own error, worded so that message and source do not say the same thing twice.
+///
+/// The driver says "db error" and leaves the rest to its source. Here the message is the server's, with the SQLSTATE
+/// and without DETAIL and HINT, which quote row data; [`inner`](Self::inner) has them. Only a cause that is not the
+/// server's (a value that could not be encoded, say) remains as the source.
+#[derive(Debug)]
+pub struct DriverError(pub(crate) tokio_postgres::Error);
+
+impl DriverError {
+    /// The driver's error itself.
+    #[must_use]
+    pub fn inner(&self) -> &tokio_postgres::Error {
+        &self.0
+    }
+}
+
+impl fmt::Display for DriverError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_db_error() {
+            Some(e) => write!(f, "{} (SQLSTATE {})", e.message(), e.code().code()),
+            None => self.0.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for DriverError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self.0.as_db_error() {
+            Some(_) => None,
+            None => std::error::Error::source(&self.0),
+        }
+    }
+}
+
+/// An error as the server sent it, read off the wire.
+///
+/// The driver hands an error only to the future that waits for it; this one is there even if that future was dropped,
+/// as by `try_join!`, so the first cause of an aborted transaction is never lost.
+#[derive(Clone, Debug)]
+pub struct ServerError {
+    pub(crate) fatal: bool,
+    pub(crate) code: SqlState,
+    pub(crate) message: Box<str>,
+    pub(crate) constraint: Option<Box<str>>,
+    pub(crate) routine: Option<Box<str>>,
+}
+
+impl ServerError {
+    /// The SQLSTATE.
+    #[must_use]
+    pub fn code(&self) -> &SqlState {
+        &self.code
+    }
+
+    /// The server's primary message.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The constraint it is about, if any.
+    #[must_use]
+    pub fn constraint(&self) -> Option<&str> {
+        self.constraint.as_deref()
+    }
+
+    /// Whether the server ended the connection with it (severity FATAL or PANIC).
+    #[must_use]
+    pub fn is_fatal(&self) -> bool {
+        self.fatal
+    }
+}
+
+impl fmt::Display for ServerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (SQLSTATE {})", self.message, self.code.code())
+    }
+}
+
+impl std::error::Error for ServerError {}
+
+/// Why a connection that was in use is gone.
+#[derive(Debug)]
+pub struct ConnectionLost {
+    pub(crate) reason: &'static str,
+    pub(crate) fatal: Option<Arc<ServerError>>,
+}
+
+impl ConnectionLost {
+    /// The FATAL error the server sent before it closed the connection, if it did.
+    #[must_use]
+    pub fn fatal(&self) -> Option<&ServerError> {
+        self.fatal.as_deref()
+    }
+}
+
+impl fmt::Display for ConnectionLost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the connection to the server is lost: {}", self.reason)
+    }
+}
+
+impl std::error::Error for ConnectionLost {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.fatal.as_ref().map(|e| &**e as _)
+    }
+}
+
+/// Why nobody knows whether a transaction was committed.
+#[derive(Debug)]
+pub struct CommitUnknown {
+    pub(crate) reason: &'static str,
+    pub(crate) server: Option<Arc<ServerError>>,
+}
+
+impl CommitUnknown {
+    /// The SQLSTATE of the server's last word, if it had one.
+    #[must_use]
+    pub fn code(&self) -> Option<&SqlState> {
+        self.server.as_ref().map(|e| e.code())
+    }
+}
+
+impl fmt::Display for CommitUnknown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the outcome of the commit is unknown: {}", self.reason)
+    }
+}
+
+impl std::error::Error for CommitUnknown {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.server.as_ref().map(|e| &**e as _)
+    }
+}
+
+/// Why no connection could be made.
+#[derive(Debug)]
+pub struct ConnectError {
+    pub(crate) target: String,
+    pub(crate) phase: &'static str,
+    pub(crate) cause: ConnectCause,
+}
+
+#[derive(Debug)]
+pub(crate) enum ConnectCause {
+    Io(io::Error),
+    Driver(DriverError),
+    TimedOut(Duration),
+    Refused(String),
+}
+
+impl ConnectError {
+    /// The address that was tried last: host and port, or the path of a socket. Never a user or a password.
+    #[must_use]
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
+    /// The step that failed: resolving the name, opening the socket, start-up and authentication, or checking the
+    /// server.
+    #[must_use]
+    pub fn phase(&self) -> &str {
+        self.phase
+    }
+
+    /// The SQLSTATE, if the server refused: `28P01` for a wrong password, `3D000` for a missing database, `57P03`
+    /// while it starts, `53300` when it is full.
+    #[must_use]
+    pub fn code(&self) -> Option<&SqlState> {
+        match &self.cause {
+            ConnectCause::Driver(e) => e.0.code(),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for ConnectError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "could not connect to {} ({})", self.target, self.phase)?;
+        match &self.cause {
+            ConnectCause::Io(_) => Ok(()),
+            ConnectCause::Driver(e) => write!(f, ": {e}"),
+            ConnectCause::TimedOut(after) => write!(f, ": no answer within {after:?}"),
+            ConnectCause::Refused(why) => write!(f, ": {why}"),
+        }
+    }
+}
+
+impl std::error::Error for ConnectError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match &self.cause {
+            ConnectCause::Io(e) => Some(e),
+            ConnectCause::Driver(e) => std::error::Error::source(e),
+            ConnectCause::TimedOut(_) | ConnectCause::Refused(_) => None,
+        }
+    }
+}
+
+/// Why no session was lent: the phase it was in, how long it took, the pool's numbers, and the last trouble in
+/// connecting.
+#[derive(Debug)]
+pub struct AcquireError {
+    pub(crate) phase: AcquirePhase,
+    pub(crate) waited: Duration,
+    pub(crate) status: Status,
+    pub(crate) last_connect_error: Option<Arc<ConnectError>>,
+}
+
+/// What an [`acquire`](crate::SessionManager::acquire) was doing when it failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AcquirePhase {
+    /// Every session was lent out, and none came back in time.
+    Waiting,
+    /// A place was free, and the connection for it was not ready in time.
+    Connecting,
+    /// As many callers as [`max_waiting`](crate::SessionConfig::max_waiting) allows were waiting already.
+    TooManyWaiters,
+    /// This task holds every session of the pool itself, so waiting could never end.
+    SelfDeadlock,
+    /// The pool is closed.
+    Closed,
+}
+
+impl AcquireError {
+    /// What it was doing.
+    #[must_use]
+    pub fn phase(&self) -> AcquirePhase {
+        self.phase
+    }
+
+    /// How long it had waited.
+    #[must_use]
+    pub fn waited(&self) -> Duration {
+        self.waited
+    }
+
+    /// The pool's numbers at that moment.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.status
+    }
+
+    /// The last failure to connect that this pool saw, if it has not connected since.
+    #[must_use]
+    pub fn last_connect_error(&self) -> Option<&ConnectError> {
+        self.last_connect_error.as_deref()
+    }
+}
+
+impl fmt::Display for AcquireError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let s = &self.status;
+        match self.phase {
+            AcquirePhase::Waiting => write!(f, "no session became free within {:?}", self.waited)?,
+            AcquirePhase::Connecting => write!(f, "no connection was ready within {:?}", self.waited)?,
+            AcquirePhase::TooManyWaiters => f.write_str("too many callers are waiting for a session")?,
+            AcquirePhase::SelfDeadlock => f.write_str(
+                "this task holds every session of the pool itself: use the session it has, or a larger max_size",
+            )?,
+            AcquirePhase::Closed => return f.write_str("the session manager is closed"),
+        }
+        write!(
+            f,
+            " (max_size {}, open {}, idle {}, in use {}, waiting {})",
+            s.max_size, s.size, s.idle, s.in_use, s.waiting
+        )
+    }
+}
+
+impl std::error::Error for AcquireError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.last_connect_error.as_ref().map(|e| &**e as _)
+    }
+}

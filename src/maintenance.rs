@@ -1,0 +1,45 @@
+//! What is done to idle connections while nobody looks.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use deadpool::managed::{Pool, WeakPool};
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
+
+use crate::config::SessionConfig;
+use crate::connection::{Connection, ConnectionManager};
+
+/// Idle connections are looked at no more often and no less often than this.
+const INTERVAL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
+
+/// Closes connections that were idle, or are alive, for too long. Runs while there is a pool.
+#[derive(Debug, Default)]
+pub(crate) struct Maintenance {
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Maintenance {
+    /// Starts the task, also again if the runtime it lived on is gone.
+    pub(crate) fn ensure_running(&self, pool: &Pool<ConnectionManager>, config: &Arc<SessionConfig>) {
+        let Some(interval) = [config.idle_timeout, config.max_lifetime].into_iter().flatten().min() else {
+            return;
+        };
+        let mut task = self.task.lock().unwrap_or_else(PoisonError::into_inner);
+        if task.as_ref().is_none_or(|task| task.is_finished()) {
+            let interval = (interval / 2).clamp(INTERVAL.0, INTERVAL.1);
+            *task = Some(tokio::spawn(run(pool.weak(), interval, config.idle_timeout)));
+        }
+    }
+}
+
+async fn run(pool: WeakPool<ConnectionManager>, interval: Duration, idle_timeout: Option<Duration>) {
+    let keep = |connection: &Connection| {
+        !connection.is_expired() && idle_timeout.is_none_or(|limit| connection.idle_since.elapsed() <= limit)
+    };
+    loop {
+        sleep(interval).await;
+        let Some(pool) = pool.upgrade().filter(|pool| !pool.is_closed()) else { return };
+        drop(pool.retain(|connection, _| keep(connection)).removed);
+    }
+}

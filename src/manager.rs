@@ -1,0 +1,320 @@
+//! The one long-lived value: owns the pool, lends sessions.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use deadpool::Runtime;
+use deadpool::managed::{Object, Pool, PoolConfig, PoolError, QueueMode, Timeouts};
+use tokio::time::{sleep, timeout};
+use tracing::Instrument;
+
+use crate::config::SessionConfig;
+use crate::connection::ConnectionManager;
+use crate::error::{AcquireError, AcquirePhase, Error};
+use crate::maintenance::Maintenance;
+use crate::observe;
+use crate::options::TransactionOptions;
+use crate::session::Session;
+use crate::status::Status;
+use crate::transaction::{Run, Step, Transaction, held};
+
+/// Owns a pool of connections and lends them as [`Session`]s. Make one per database and clone it freely: clones share
+/// the pool.
+///
+/// Nothing is opened before the first session is asked for.
+///
+/// ```no_run
+/// use pg_session::{Error, SessionManager};
+///
+/// # async fn f() -> Result<(), Error> {
+/// let sessions = SessionManager::from_env()?;
+/// let session = sessions.acquire().await?;
+/// let row = session.query_one("SELECT name FROM users WHERE id = $1", &[&1i64]).await?;
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct SessionManager {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    pool: Pool<ConnectionManager>,
+    config: Arc<SessionConfig>,
+    waiting: AtomicUsize,
+    maintenance: Maintenance,
+}
+
+/// Makes a [`SessionManager`] from a configuration; from [`SessionManager::builder`].
+#[derive(Debug)]
+#[must_use = "a builder does nothing until `build` is called"]
+pub struct SessionManagerBuilder {
+    config: SessionConfig,
+}
+
+impl SessionManagerBuilder {
+    /// Checks the configuration and makes the manager. Opens no connection.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] for settings that cannot work together.
+    pub fn build(self) -> Result<SessionManager, Error> {
+        SessionManager::new(self.config)
+    }
+}
+
+impl SessionManager {
+    /// Makes a manager from a configuration. Opens no connection.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] for settings that cannot work together.
+    pub fn new(config: SessionConfig) -> Result<Self, Error> {
+        config.validate()?;
+        let config = Arc::new(config);
+        // The connection used last is lent first, so that those not needed grow old and are closed.
+        let pool = Pool::builder(ConnectionManager::new(Arc::clone(&config)))
+            .config(PoolConfig {
+                max_size: config.max_size,
+                timeouts: Timeouts::default(),
+                queue_mode: QueueMode::Lifo,
+            })
+            .runtime(Runtime::Tokio1)
+            .build()
+            .map_err(|e| Error::config(e.to_string()))?;
+        let maintenance = Maintenance::default();
+        Ok(Self { inner: Arc::new(Inner { pool, config, waiting: AtomicUsize::new(0), maintenance }) })
+    }
+
+    /// Makes a manager from `DATABASE_URL` or the `PG*` variables: see [`SessionConfig::from_env`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] if a variable cannot be used.
+    pub fn from_env() -> Result<Self, Error> {
+        Self::new(SessionConfig::from_env()?)
+    }
+
+    /// Begins to make a manager.
+    pub fn builder(config: SessionConfig) -> SessionManagerBuilder {
+        SessionManagerBuilder { config }
+    }
+
+    /// The configuration it was made with.
+    #[must_use]
+    pub fn config(&self) -> &SessionConfig {
+        &self.inner.config
+    }
+
+    /// Lends a session; dropping it gives it back.
+    ///
+    /// Takes one that is free, or opens a connection if there is room, or waits in turn until one comes back. One that
+    /// was idle for over a second is asked for a sign of life first, and replaced if it gives none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Acquire`] if that takes longer than [`acquire_timeout`](SessionConfig::acquire_timeout), if too many
+    /// wait already, or if the manager is closed; [`Error::Connect`] if a connection is needed and cannot be made (a
+    /// server that is starting or full is tried again until time is up).
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped, it takes nothing: the place in the queue, or the connection being made, is given up.
+    #[doc(alias = "get")]
+    #[doc(alias = "checkout")]
+    pub async fn acquire(&self) -> Result<Session, Error> {
+        self.acquire_within(self.inner.config.acquire_timeout).instrument(observe::acquire()).await
+    }
+
+    async fn acquire_within(&self, limit: Duration) -> Result<Session, Error> {
+        let Inner { pool, config, .. } = &*self.inner;
+        let started = Instant::now();
+        let failed = |phase| {
+            let error = Error::Acquire(Box::new(AcquireError {
+                phase,
+                waited: started.elapsed(),
+                status: self.status(),
+                last_connect_error: pool.manager().last_error(),
+            }));
+            if phase != AcquirePhase::Closed {
+                observe::acquire_failed(&error);
+            }
+            error
+        };
+        if held(pool.manager().register().id()) >= config.max_size {
+            return Err(failed(AcquirePhase::SelfDeadlock));
+        }
+        let _waiter = match self.line_up() {
+            Ok(waiter) => waiter,
+            Err(TooMany) => return Err(failed(AcquirePhase::TooManyWaiters)),
+        };
+        let timeouts = Timeouts { wait: Some(limit), create: None, recycle: None };
+        // Where both limits are reached at once, the inner one is seen first: so if it is the outer, the wait is over.
+        match timeout(limit, pool.timeout_get(&timeouts)).await {
+            Ok(Ok(object)) => {
+                if Object::metrics(&object).recycle_count == 0 {
+                    self.inner.maintenance.ensure_running(pool, config);
+                }
+                Ok(Session::new(object))
+            }
+            Ok(Err(PoolError::Backend(e))) => Err(Error::Connect(e)),
+            Ok(Err(PoolError::Closed)) => Err(failed(AcquirePhase::Closed)),
+            Ok(Err(_)) => Err(failed(AcquirePhase::Waiting)),
+            Err(_) if pool.is_closed() => Err(failed(AcquirePhase::Closed)),
+            Err(_) => Err(failed(AcquirePhase::Connecting)),
+        }
+    }
+
+    /// Counts the caller among those that wait, if there is a limit to them and nothing is free.
+    fn line_up(&self) -> Result<Option<Waiter<'_>>, TooMany> {
+        let Some(limit) = self.inner.config.max_waiting else { return Ok(None) };
+        let status = self.inner.pool.status();
+        if status.available > 0 || status.size < status.max_size {
+            return Ok(None);
+        }
+        let waiter = Waiter(&self.inner.waiting);
+        if self.inner.waiting.fetch_add(1, Relaxed) >= limit { Err(TooMany) } else { Ok(Some(waiter)) }
+    }
+
+    /// Runs a unit of work on a session of its own; see [`Session::transaction`].
+    ///
+    /// More than that one can do: a pause between attempts holds no session, and with
+    /// [`RetryClass::ConnectionLost`](crate::RetryClass::ConnectionLost) a connection lost before COMMIT was sent is
+    /// replaced.
+    ///
+    /// # Errors
+    ///
+    /// As [`Session::transaction`] and [`acquire`](Self::acquire).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Session::transaction`].
+    pub async fn transaction<T, E, F>(&self, f: F) -> Result<T, E>
+    where
+        F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
+        E: From<Error>,
+    {
+        self.run(&self.inner.config.transactions, f).await
+    }
+
+    /// As [`transaction`](Self::transaction), with options of its own.
+    ///
+    /// # Errors
+    ///
+    /// As [`transaction`](Self::transaction), and [`Error::Config`] for an option that cannot be used.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`transaction`](Self::transaction).
+    pub async fn transaction_with<T, E, F>(&self, options: TransactionOptions, f: F) -> Result<T, E>
+    where
+        F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
+        E: From<Error>,
+    {
+        self.run(&options, f).await
+    }
+
+    async fn run<T, E, F>(&self, options: &TransactionOptions, f: F) -> Result<T, E>
+    where
+        F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
+        E: From<Error>,
+    {
+        let mut run = Run::new(options);
+        let span = run.span();
+        let attempts = async {
+            loop {
+                let limit = self.inner.config.acquire_timeout;
+                let limit = run.left().map_or(limit, |left| left.min(limit));
+                let session = match self.acquire_within(limit).await {
+                    Err(Error::Acquire(_)) if run.left() == Some(Duration::ZERO) => {
+                        return Err(run.too_late().into());
+                    }
+                    acquired => acquired?,
+                };
+                match run.on(&session, true, f.clone()).await {
+                    Step::Done(result) => return result,
+                    Step::Release(delay) => {
+                        drop(session);
+                        sleep(delay).await;
+                    }
+                }
+            }
+        };
+        attempts.instrument(span).await
+    }
+
+    /// Makes sure that the database can be reached: one round trip on a session.
+    ///
+    /// # Errors
+    ///
+    /// As [`acquire`](Self::acquire), and [`Error::ConnectionLost`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is lost.
+    pub async fn ping(&self) -> Result<(), Error> {
+        let session = self.acquire().await?;
+        let turn = session.turn().await?;
+        let answer = session.client.check_connection().await;
+        turn.finish();
+        answer.map_err(|e| session.explain(e))
+    }
+
+    /// The pool's numbers.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let pool = self.inner.pool.status();
+        let connecting = self.inner.pool.manager().connecting();
+        Status {
+            max_size: pool.max_size,
+            size: pool.size,
+            idle: pool.available,
+            in_use: pool.size.saturating_sub(pool.available),
+            connecting,
+            waiting: pool.waiting.saturating_sub(connecting),
+        }
+    }
+
+    /// Closes the pool: nobody gets a session any more, idle connections are closed, and lent ones as they come back.
+    ///
+    /// Waits for those, up to [`shutdown_timeout`](SessionConfig::shutdown_timeout); then cancels what they run and
+    /// closes them under their borrowers. Returns how many had to be cut. May be called more than once.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped, the pool is closed, and lent sessions are left alone.
+    pub async fn close(&self) -> usize {
+        self.inner.pool.close();
+        let register = self.inner.pool.manager().register();
+        match timeout(self.inner.config.shutdown_timeout, register.empty()).await {
+            Ok(()) => 0,
+            Err(_) => register.cut("the session manager was closed"),
+        }
+    }
+
+    /// Whether [`close`](Self::close) was called.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.inner.pool.is_closed()
+    }
+}
+
+struct TooMany;
+
+struct Waiter<'a>(&'a AtomicUsize);
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+impl fmt::Debug for SessionManager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SessionManager")
+            .field("config", &self.inner.config)
+            .field("status", &self.status())
+            .finish()
+    }
+}

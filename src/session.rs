@@ -1,0 +1,239 @@
+//! A connection on loan: it goes back clean, or not at all.
+
+use std::fmt;
+use std::ops::Deref;
+
+use deadpool::managed::Object;
+use tracing::Instrument;
+
+use crate::connection::{Connection, ConnectionManager, Verdict};
+use crate::error::Error;
+use crate::observe;
+use crate::options::TransactionOptions;
+use crate::transaction::{Run, Step, Transaction};
+
+/// A session with the server, lent by a [`SessionManager`](crate::SessionManager) until it is dropped.
+///
+/// Has every verb of [`Connection`], to which it dereferences. It starts as a new session would: no transaction, no
+/// setting, temporary table, lock or cursor of whoever had the connection before.
+///
+/// # What dropping it does
+///
+/// | its state | what happens |
+/// |---|---|
+/// | idle and clean | back to the pool at once, without a round trip |
+/// | in a transaction, aborted or not | rolled back first |
+/// | a statement still running that nobody waits for | cancelled and drained first |
+/// | dirty: `SET`, `LISTEN`, temporary tables, session locks, `batch_execute`, the raw client … | reset first |
+/// | a panic unwinds through it, or it cannot be repaired in time | closed |
+///
+/// The repair runs in the background, within [`cleanup_timeout`](crate::SessionConfig::cleanup_timeout), while the place
+/// in the pool counts as taken.
+pub struct Session {
+    /// `None` only while being dropped.
+    object: Option<Object<ConnectionManager>>,
+}
+
+impl Session {
+    pub(crate) fn new(object: Object<ConnectionManager>) -> Self {
+        Self { object: Some(object) }
+    }
+
+    fn connection(&self) -> &Connection {
+        // Invariant: taken only in `drop`.
+        self.object.as_ref().expect("a session has its connection until it is dropped")
+    }
+
+    /// Runs a unit of work: BEGIN, the closure, COMMIT; with the [default
+    /// options](crate::SessionConfig::transactions).
+    ///
+    /// On `Ok` it is committed, on `Err` rolled back and the closure's error returned. After a serialization failure or
+    /// deadlock, wherever it shows up and whatever the closure made of it, the closure is run again in a new
+    /// transaction, up to [the policy's](crate::RetryPolicy) limits. That is why it must be `Clone`: each attempt gets
+    /// a fresh copy of what it captured, and a closure that captures `&mut` state, which would carry over from a
+    /// failed attempt into the next, does not compile. Anything else it does outside the database is done again.
+    ///
+    /// ```no_run
+    /// # async fn f(session: &mut pg_session::Session, from: i64, to: i64, cents: i64) -> Result<(), pg_session::Error> {
+    /// session.transaction(async |tx| {
+    ///     tx.execute("UPDATE accounts SET cents = cents - $2 WHERE id = $1", &[&from, &cents]).await?;
+    ///     tx.execute("UPDATE accounts SET cents = cents + $2 WHERE id = $1", &[&to, &cents]).await?;
+    ///     Ok(())
+    /// }).await
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// What the closure fails with. By `E: From<Error>` also: [`Error::Aborted`] if it returned `Ok` although a
+    /// statement had failed; [`Error::Database`] if COMMIT was refused, as by a deferred constraint;
+    /// [`Error::RetriesExhausted`]; [`Error::DeadlineExceeded`]; [`Error::CommitUnknown`];
+    /// [`Error::TransactionEnded`]; [`Error::ConnectionLost`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped before COMMIT was sent, the transaction is rolled back and what it runs is cancelled. Dropped while
+    /// COMMIT is under way, it is committed or rolled back, and nobody is told which.
+    pub async fn transaction<T, E, F>(&mut self, f: F) -> Result<T, E>
+    where
+        F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
+        E: From<Error>,
+    {
+        let config = self.connection().link.config_handle();
+        self.run(&config.transactions, f).await
+    }
+
+    /// As [`transaction`](Self::transaction), with options of its own.
+    ///
+    /// # Errors
+    ///
+    /// As [`transaction`](Self::transaction), and [`Error::Config`] for an option that cannot be used.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`transaction`](Self::transaction).
+    pub async fn transaction_with<T, E, F>(&mut self, options: TransactionOptions, f: F) -> Result<T, E>
+    where
+        F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
+        E: From<Error>,
+    {
+        self.run(&options, f).await
+    }
+
+    async fn run<T, E, F>(&mut self, options: &TransactionOptions, f: F) -> Result<T, E>
+    where
+        F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
+        E: From<Error>,
+    {
+        let mut run = Run::new(options);
+        let span = run.span();
+        match run.on(self.connection(), false, f).instrument(span).await {
+            Step::Done(result) => result,
+            // Only a caller that may move is asked to.
+            Step::Release(_) => Err(self.connection().link.lost("the connection was given up").into()),
+        }
+    }
+
+    /// Begins a transaction that is ended by hand: [`commit`](Transaction::commit) or
+    /// [`rollback`](Transaction::rollback). It is never retried. Dropped instead, it is rolled back.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InTransaction`] if raw SQL has begun one; [`Error::ConnectionLost`]; [`Error::Config`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is sent before the first statement.
+    pub async fn begin(&mut self) -> Result<Transaction<'_>, Error> {
+        let options = self.connection().link.config_handle();
+        self.begin_with(&options.transactions).await
+    }
+
+    /// As [`begin`](Self::begin), with options of its own. A retry policy and a deadline have no effect.
+    ///
+    /// # Errors
+    ///
+    /// As [`begin`](Self::begin).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`begin`](Self::begin).
+    pub async fn begin_with(&mut self, options: &TransactionOptions) -> Result<Transaction<'_>, Error> {
+        let connection = self.connection();
+        connection.link.settled().await?;
+        Transaction::begin(connection, options)
+    }
+
+    /// The driver's own client, for libraries that want it. Waits until nothing is under way on this session.
+    ///
+    /// What it is used for is not seen, so the session counts as dirty when it returns: it is rolled back and reset. Its
+    /// transactions have none of the safety of [`transaction`](Self::transaction).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ConnectionLost`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is lost.
+    pub async fn client(&mut self) -> Result<&mut tokio_postgres::Client, Error> {
+        // Invariant: taken only in `drop`.
+        self.object.as_mut().expect("a session has its connection until it is dropped").lend_client().await
+    }
+}
+
+impl Deref for Session {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        self.connection()
+    }
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("connection", self.connection()).finish()
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let Some(object) = self.object.take() else { return };
+        let verdict = match object.verdict() {
+            Verdict::Clean | Verdict::Repair if object.is_expired() => Verdict::Close("its lifetime is over"),
+            verdict => verdict,
+        };
+        let custody = Custody { object: Some(object) };
+        match verdict {
+            Verdict::Clean => custody.give_back(),
+            Verdict::Close(reason) => custody.close(reason),
+            Verdict::Repair => {
+                observe::connection_repairing();
+                let runtime = custody.connection().runtime();
+                // Dropped unfinished, as when the runtime is shut down, the custody closes the connection.
+                runtime.spawn(async move {
+                    match custody.connection().repair().await {
+                        Ok(()) => custody.give_back(),
+                        Err(reason) => custody.close(reason),
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// A connection that is neither lent nor back: only one that is given back explicitly is ever lent again.
+struct Custody {
+    object: Option<Object<ConnectionManager>>,
+}
+
+impl Custody {
+    fn connection(&self) -> &Connection {
+        // Invariant: taken only by the methods that consume the custody.
+        self.object.as_ref().expect("a custody has its connection until its end")
+    }
+
+    fn give_back(mut self) {
+        if let Some(mut object) = self.object.take() {
+            object.rest();
+            drop(object);
+        }
+    }
+
+    fn close(mut self, reason: &'static str) {
+        self.close_now(reason);
+    }
+
+    fn close_now(&mut self, reason: &'static str) {
+        if let Some(object) = self.object.take() {
+            observe::connection_closed(reason);
+            Object::take(object).close(reason);
+        }
+    }
+}
+
+impl Drop for Custody {
+    fn drop(&mut self) {
+        self.close_now("its repair was cut short");
+    }
+}

@@ -1,0 +1,279 @@
+//! One transaction from BEGIN to its known outcome.
+
+mod commit;
+mod run;
+
+use std::fmt;
+use std::future::Future;
+use std::ops::Deref;
+use std::panic::AssertUnwindSafe;
+use std::pin::{Pin, pin};
+use std::sync::{Mutex, PoisonError};
+use std::task::Poll;
+
+use crate::connection::Connection;
+use crate::error::{Error, ServerError};
+use crate::observe;
+use crate::options::TransactionOptions;
+
+pub(crate) use run::{Run, Step, held};
+
+type Hook = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
+
+/// A transaction, or a [savepoint](Self::savepoint) in one.
+///
+/// Has every verb of [`Connection`], to which it dereferences. The closure forms
+/// ([`Session::transaction`](crate::Session::transaction)) commit on `Ok`, roll back on `Err`, and run the closure again
+/// after a serialization failure or deadlock; one from [`Session::begin`](crate::Session::begin) is ended by hand with
+/// [`commit`](Self::commit) or [`rollback`](Self::rollback). Dropped before its end, it is rolled back in the
+/// background, and what still runs for it is cancelled.
+///
+/// BEGIN is sent together with the first statement. A transaction without a statement sends nothing at all.
+pub struct Transaction<'a> {
+    connection: &'a Connection,
+    hooks: Mutex<Vec<Hook>>,
+    role: Role,
+    attempt: u32,
+    done: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Role {
+    /// The block itself. The number of BEGINs the server had confirmed before this one.
+    Outermost { begins: u32 },
+    /// The savepoint of this depth, set when the transaction had seen so many errors.
+    Savepoint { depth: u32, mark: usize },
+}
+
+impl<'a> Transaction<'a> {
+    pub(crate) fn begin(connection: &'a Connection, options: &TransactionOptions) -> Result<Self, Error> {
+        options.validate()?;
+        let begins = connection.wire().begins();
+        connection.begin_with(options.kind(), &options.begin_sql(), false)?;
+        Ok(Self {
+            connection,
+            hooks: Mutex::default(),
+            role: Role::Outermost { begins },
+            attempt: 1,
+            done: false,
+        })
+    }
+
+    /// Begins again after a failed attempt; the ROLLBACK of the old one rides along.
+    fn restart(&mut self, options: &TransactionOptions) -> Result<(), Error> {
+        self.hooks().clear();
+        self.attempt += 1;
+        self.role = Role::Outermost { begins: self.connection.wire().begins() };
+        self.connection.begin_with(options.kind(), &options.begin_sql(), true)
+    }
+
+    fn hooks(&mut self) -> &mut Vec<Hook> {
+        self.hooks.get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Which run of the closure this is; the first is 1.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.attempt
+    }
+
+    /// Runs `f` after the outermost transaction is committed: once, in the order of registration, before the call that
+    /// commits returns.
+    ///
+    /// Dropped unrun if the savepoint it was registered in is rolled back, if this attempt is not the one that commits,
+    /// or if the commit's outcome is unknown. A panic in it is logged and changes nothing: the transaction is committed.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future that commits is dropped while hooks run, the rest of them are not run.
+    pub fn on_commit<F, Fut>(&self, f: F)
+    where
+        F: FnOnce() -> Fut + Send + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        let hook: Hook = Box::new(move || Box::pin(f()));
+        self.hooks.lock().unwrap_or_else(PoisonError::into_inner).push(hook);
+    }
+
+    /// Runs `f` in a savepoint: on `Ok` it is released, on `Err` everything since its beginning is undone and the
+    /// transaction goes on.
+    ///
+    /// It is run once. A serialization failure or deadlock cannot be cured by rolling back to a savepoint, so only the
+    /// outermost closure is ever retried; should `f` fail with one, let it pass. Setting, releasing and rolling back
+    /// to a savepoint cost no round trip: they travel with the next statement.
+    ///
+    /// ```no_run
+    /// # async fn f(session: &mut pg_session::Session) -> Result<(), pg_session::Error> {
+    /// session.transaction(async |tx| {
+    ///     let inserted = tx.savepoint(async |sp| {
+    ///         sp.execute("INSERT INTO tags (name) VALUES ($1)", &[&"blue"]).await
+    ///     }).await;
+    ///     match inserted {
+    ///         Err(e) if e.is_unique_violation() => Ok(()), // it is there: fine, and the transaction is still good
+    ///         other => other.map(drop),
+    ///     }
+    /// }).await
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// What `f` fails with; [`Error::Aborted`] if `f` returned `Ok` although a statement in it had failed.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped, everything since its beginning is undone, and the transaction can go on.
+    pub async fn savepoint<T, E, F>(&mut self, f: F) -> Result<T, E>
+    where
+        F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E>,
+        E: From<Error>,
+    {
+        let connection = self.connection;
+        let depth = match self.role {
+            Role::Outermost { .. } => 1,
+            Role::Savepoint { depth, .. } => depth + 1,
+        };
+        connection.link.settled().await?;
+        let mark = connection.wire().mark();
+        connection.queue(&set(depth));
+        let mut inner = Transaction {
+            connection,
+            hooks: Mutex::default(),
+            role: Role::Savepoint { depth, mark },
+            attempt: self.attempt,
+            done: false,
+        };
+        let result = f(&mut inner).await;
+        // An abandoned statement may still fail: wait for what there is to know.
+        connection.link.settled().await?;
+        let broken = connection.wire().first_error(mark);
+        match (result, broken) {
+            (Ok(value), None) => {
+                inner.release();
+                let hooks = std::mem::take(inner.hooks());
+                drop(inner);
+                self.hooks().extend(hooks);
+                Ok(value)
+            }
+            (Ok(_), Some(first)) => {
+                inner.undo();
+                Err(Error::Aborted(Box::new(ServerError::clone(&first))).into())
+            }
+            (Err(e), _) => {
+                inner.undo();
+                Err(e)
+            }
+        }
+    }
+
+    fn release(&mut self) {
+        if let Role::Savepoint { depth, .. } = self.role {
+            self.done = true;
+            if !self.connection.retract(&set(depth)) {
+                self.connection.queue(&format!("RELEASE \"pgs_{depth}\";"));
+            }
+        }
+    }
+
+    fn undo(&mut self) {
+        if let Role::Savepoint { depth, mark } = self.role {
+            self.done = true;
+            if !self.connection.retract(&set(depth)) {
+                self.connection.queue(&format!("ROLLBACK TO \"pgs_{depth}\";RELEASE \"pgs_{depth}\";"));
+            }
+            self.connection.cure(mark);
+        }
+    }
+
+    /// Commits, for a transaction from [`Session::begin`](crate::Session::begin).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Aborted`] if a statement failed; [`Error::Database`] if the commit did, as with a deferred constraint
+    /// or a serialization failure; [`Error::CommitUnknown`] if its answer was lost; [`Error::TransactionEnded`].
+    /// Whatever it is but `CommitUnknown`, the transaction is rolled back.
+    ///
+    /// # Cancel safety
+    ///
+    /// Not cancel safe once polled: the transaction is then committed or rolled back, and nobody is told which.
+    pub async fn commit(mut self) -> Result<(), Error> {
+        let result = self.commit_now().await;
+        if result.is_err() {
+            self.roll_back_now().await;
+        } else {
+            self.run_hooks().await;
+        }
+        result
+    }
+
+    /// Rolls back, for a transaction from [`Session::begin`](crate::Session::begin).
+    ///
+    /// Returns when the server has done so. There is nothing to be done about a failure: the connection is closed then,
+    /// which rolls back as well.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped, it is rolled back all the same.
+    pub async fn rollback(mut self) {
+        self.roll_back_now().await;
+    }
+
+    async fn run_hooks(&mut self) {
+        for hook in std::mem::take(self.hooks()) {
+            let run = std::panic::catch_unwind(AssertUnwindSafe(hook));
+            let panicked = match run {
+                Ok(future) => {
+                    let mut future = pin!(future);
+                    // A hook's panic must not take the result of a committed transaction with it.
+                    std::future::poll_fn(|cx| {
+                        match std::panic::catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) {
+                            Ok(Poll::Pending) => Poll::Pending,
+                            Ok(Poll::Ready(())) => Poll::Ready(false),
+                            Err(_) => Poll::Ready(true),
+                        }
+                    })
+                    .await
+                }
+                Err(_) => true,
+            };
+            if panicked {
+                observe::hook_panicked();
+            }
+        }
+    }
+}
+
+/// Names are made, never taken from users; quoted all the same.
+fn set(depth: u32) -> String {
+    format!("SAVEPOINT \"pgs_{depth}\";")
+}
+
+impl Deref for Transaction<'_> {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        self.connection
+    }
+}
+
+impl Drop for Transaction<'_> {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        match self.role {
+            Role::Outermost { .. } => self.connection.give_up_transaction(),
+            Role::Savepoint { .. } => self.undo(),
+        }
+    }
+}
+
+impl fmt::Debug for Transaction<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Transaction")
+            .field("connection", self.connection)
+            .field("role", &self.role)
+            .field("attempt", &self.attempt)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,216 @@
+//! The attempts of one transaction: run the closure, commit, and decide at the wire whether to do it again.
+
+use std::time::{Duration, Instant};
+
+use tokio::time::{sleep, timeout};
+
+use super::Transaction;
+use crate::connect::TransactionStatus;
+use crate::connection::Connection;
+use crate::error::{Error, ServerError};
+use crate::observe::{self, Outcome};
+use crate::options::TransactionOptions;
+use crate::retry::{RetryClass, jitter};
+
+/// A pause of up to about a round trip is not worth giving the session back for.
+const WORTH_HOLDING: Duration = Duration::from_millis(1);
+
+tokio::task_local! {
+    /// The pool whose sessions the transactions around the running code hold, and how many.
+    static HELD: (usize, usize);
+}
+
+/// How many sessions of this pool the running code holds in transactions around it.
+pub(crate) fn held(pool: usize) -> usize {
+    HELD.try_with(|(p, n)| if *p == pool { *n } else { 0 }).unwrap_or(0)
+}
+
+/// One transaction with all its attempts, whichever connections they run on.
+pub(crate) struct Run<'o> {
+    options: &'o TransactionOptions,
+    started: Instant,
+    attempts: u32,
+    span: tracing::Span,
+}
+
+/// What to do after the attempts on one connection.
+pub(crate) enum Step<T, E> {
+    Done(Result<T, E>),
+    /// Give the session back, wait, and go on with another.
+    Release(Duration),
+}
+
+impl<'o> Run<'o> {
+    pub(crate) fn new(options: &'o TransactionOptions) -> Self {
+        let span = observe::transaction(options.name.as_deref(), options.level());
+        Self { options, started: Instant::now(), attempts: 0, span }
+    }
+
+    pub(crate) fn span(&self) -> tracing::Span {
+        self.span.clone()
+    }
+
+    /// What is left of the deadline.
+    pub(crate) fn left(&self) -> Option<Duration> {
+        self.options.deadline.map(|deadline| deadline.saturating_sub(self.started.elapsed()))
+    }
+
+    pub(crate) fn too_late(&self) -> Error {
+        observe::transaction_ended(&self.span, self.attempts, Outcome::RolledBack);
+        let after = self.options.deadline.unwrap_or_default();
+        Error::DeadlineExceeded { after, attempts: self.attempts }
+    }
+
+    /// Attempts the transaction on `connection`, again and again as the policy says. `may_move` if the caller can go
+    /// on with another connection.
+    pub(crate) async fn on<T, E, F>(&mut self, connection: &Connection, may_move: bool, f: F) -> Step<T, E>
+    where
+        F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
+        E: From<Error>,
+    {
+        if let Err(e) = connection.link.settled().await {
+            return Step::Done(Err(e.into()));
+        }
+        let mut tx = match Transaction::begin(connection, self.options) {
+            Ok(tx) => tx,
+            Err(e) => return Step::Done(Err(e.into())),
+        };
+        tx.attempt = self.attempts + 1;
+        let pool = connection.pool_id();
+        let holding = (pool, held(pool) + 1);
+        loop {
+            self.attempts += 1;
+            let attempt = HELD.scope(holding, (f.clone())(&mut tx));
+            let result = match self.left() {
+                None => attempt.await,
+                Some(left) => match timeout(left, attempt).await {
+                    Ok(result) => result,
+                    // Dropping `tx` rolls back in the background; the deadline waits for nobody.
+                    Err(_) => return Step::Done(Err(self.too_late().into())),
+                },
+            };
+            let failed = match result {
+                Ok(value) => match tx.commit_now().await {
+                    Ok(()) => {
+                        observe::transaction_ended(&self.span, self.attempts, Outcome::Committed);
+                        tx.run_hooks().await;
+                        return Step::Done(Ok(value));
+                    }
+                    Err(e) => Failed { class: class_of_error(&e, &tx), own: Some(e), users: None },
+                },
+                Err(users) => {
+                    let (class, own) = why(&tx).await;
+                    Failed { class, own, users: Some(users) }
+                }
+            };
+            let delay = match self.delay_after(&failed, may_move) {
+                Ok(delay) => delay,
+                Err(exhausted) => {
+                    tx.roll_back_now().await;
+                    let unknown = failed.own.as_ref().is_some_and(Error::is_commit_unknown);
+                    let outcome = if unknown { Outcome::Unknown } else { Outcome::RolledBack };
+                    observe::transaction_ended(&self.span, self.attempts, outcome);
+                    return Step::Done(Err(failed.into_error(exhausted)));
+                }
+            };
+            if self.left().is_some_and(|left| left <= delay) {
+                tx.roll_back_now().await;
+                return Step::Done(Err(self.too_late().into()));
+            }
+            let class = failed.class.unwrap_or(RetryClass::Serialization);
+            let code = failed.own.as_ref().and_then(Error::code).map(|code| code.code());
+            observe::retrying(self.attempts, code, delay);
+            if class == RetryClass::StaleStatement {
+                connection.forget_statements();
+            }
+            if class.needs_fresh_connection() {
+                connection.link.poison("the transaction is retried on another connection");
+                return Step::Release(delay);
+            }
+            if may_move && delay > WORTH_HOLDING {
+                return Step::Release(delay);
+            }
+            // An aborted transaction holds no locks; one that is still open must not hold its own through the pause.
+            if connection.wire().status() == TransactionStatus::Open {
+                tx.roll_back_now().await;
+                tx.done = false;
+            }
+            sleep(delay).await;
+            if let Err(e) = tx.restart(self.options) {
+                return Step::Done(Err(e.into()));
+            }
+        }
+    }
+
+    /// The pause before the next attempt; or an error if there is none, with the number of attempts if it is only
+    /// because the policy's limits are reached.
+    fn delay_after<E>(&self, failed: &Failed<E>, may_move: bool) -> Result<Duration, Option<u32>> {
+        let policy = &self.options.retry;
+        let class = failed
+            .class
+            .filter(|class| policy.retries(*class) && (may_move || !class.needs_fresh_connection()))
+            .ok_or(None)?;
+        policy
+            .delay_bound(self.attempts, self.started.elapsed(), class)
+            .map(jitter)
+            .ok_or(Some(self.attempts))
+    }
+}
+
+/// An attempt that failed: as the wire has it, and as the closure does.
+struct Failed<E> {
+    class: Option<RetryClass>,
+    /// `None` if nothing failed in the database.
+    own: Option<Error>,
+    users: Option<E>,
+}
+
+impl<E: From<Error>> Failed<E> {
+    /// The user's own error comes first, unless it was retried in vain.
+    fn into_error(self, exhausted: Option<u32>) -> E {
+        match (exhausted, self.own, self.users) {
+            (Some(attempts), Some(own), _) => {
+                Error::RetriesExhausted { attempts, source: Box::new(own) }.into()
+            }
+            (_, _, Some(users)) => users,
+            (_, own, None) => own.unwrap_or(Error::TransactionEnded).into(),
+        }
+    }
+}
+
+/// What broke the transaction, asked at the wire: whatever the closure made of it, it is there. Nothing, if the closure
+/// had a reason of its own.
+async fn why(tx: &Transaction<'_>) -> (Option<RetryClass>, Option<Error>) {
+    let connection = tx.connection;
+    let settled = connection.link.settled().await;
+    let wire = connection.wire();
+    if let Some(first) = wire.first_error(0).or_else(|| wire.cured_error()) {
+        return (class_of(&first), Some(Error::Aborted(Box::new(ServerError::clone(&first)))));
+    }
+    let lost = settled
+        .err()
+        .or_else(|| connection.client.is_closed().then(|| connection.link.lost("the connection was closed")));
+    (lost.is_some().then_some(RetryClass::ConnectionLost), lost)
+}
+
+fn class_of(error: &ServerError) -> Option<RetryClass> {
+    match error.code().code() {
+        "0A000" if error.routine.as_deref() == Some("RevalidateCachedQuery") => {
+            Some(RetryClass::StaleStatement)
+        }
+        code => RetryClass::of(code),
+    }
+}
+
+fn class_of_error(error: &Error, tx: &Transaction<'_>) -> Option<RetryClass> {
+    match error {
+        Error::Aborted(first) => class_of(first),
+        Error::Database(e) => e.inner().code().and_then(|code| RetryClass::of(code.code())),
+        // Lost before COMMIT was sent.
+        Error::ConnectionLost(_) => match tx.connection.wire().first_error(0) {
+            Some(first) => class_of(&first),
+            None => Some(RetryClass::ConnectionLost),
+        },
+        _ => None,
+    }
+}
