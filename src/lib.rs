@@ -3,3 +3,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub use tokio_postgres;
+
+#[cfg(all(feature = "testing", unix))]
+#[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
+pub mod testing;
