@@ -32,3 +32,7 @@ pub use status::Status;
 pub use tokio_postgres;
 pub use tokio_postgres::{IsolationLevel, Row, Statement};
 pub use transaction::Transaction;
+
+#[cfg(all(feature = "testing", unix))]
+#[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
+pub mod testing;
