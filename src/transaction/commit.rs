@@ -27,15 +27,15 @@ impl Transaction<'_> {
         if let Some(first) = wire.first_error(0) {
             return Err(Error::Aborted(Box::new(ServerError::clone(&first))));
         }
-        let Role::Outermost { begins } = self.role else { return Err(self.ended()) };
+        let Role::Outermost { begins, commits } = self.role else { return Err(self.ended()) };
         let begun = wire.begins().wrapping_sub(begins);
-        if begun > 1 || begun == 1 && wire.status() == TransactionStatus::Idle {
+        let over = begun == 1 && wire.status() == TransactionStatus::Idle;
+        if begun > 1 || over || wire.commits() != commits {
             return Err(self.ended());
         }
         if connection.client.is_closed() {
             return Err(link.lost("the connection was closed before COMMIT was sent"));
         }
-        let commits = wire.commits();
         let written = wire.written();
         let rides_along = connection.has_pending();
         let answer = timeout(link.config().commit_timeout, connection.control("COMMIT", true)).await;

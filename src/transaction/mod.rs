@@ -39,31 +39,32 @@ pub struct Transaction<'a> {
 
 #[derive(Clone, Copy, Debug)]
 enum Role {
-    /// The block itself. The number of BEGINs the server had confirmed before this one.
-    Outermost { begins: u32 },
+    /// The block itself. The numbers of BEGINs and COMMITs the server had confirmed before it.
+    Outermost { begins: u32, commits: u32 },
     /// The savepoint of this depth, set when the transaction had seen so many errors.
     Savepoint { depth: u32, mark: usize },
+}
+
+impl Role {
+    fn outermost(connection: &Connection) -> Self {
+        let wire = connection.wire();
+        Self::Outermost { begins: wire.begins(), commits: wire.commits() }
+    }
 }
 
 impl<'a> Transaction<'a> {
     pub(crate) fn begin(connection: &'a Connection, options: &TransactionOptions) -> Result<Self, Error> {
         options.validate()?;
-        let begins = connection.wire().begins();
+        let role = Role::outermost(connection);
         connection.begin_with(options.kind(), &options.begin_sql(), false)?;
-        Ok(Self {
-            connection,
-            hooks: Mutex::default(),
-            role: Role::Outermost { begins },
-            attempt: 1,
-            done: false,
-        })
+        Ok(Self { connection, hooks: Mutex::default(), role, attempt: 1, done: false })
     }
 
     /// Begins again after a failed attempt; the ROLLBACK of the old one rides along.
     fn restart(&mut self, options: &TransactionOptions) -> Result<(), Error> {
         self.hooks().clear();
         self.attempt += 1;
-        self.role = Role::Outermost { begins: self.connection.wire().begins() };
+        self.role = Role::outermost(self.connection);
         self.connection.begin_with(options.kind(), &options.begin_sql(), true)
     }
 

@@ -1,0 +1,112 @@
+//! What the tests share: a server for each test binary, a database for each test, and ways to wait that are not sleep.
+#![allow(dead_code, reason = "every test binary uses a part of it")]
+
+pub mod proxy;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use pg_session::testing::{PgServer, TestDatabase};
+use pg_session::{SessionConfig, SessionManager};
+
+/// No test may hang: everything is done within this.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// A database of the test's own, and a plain connection to watch it with.
+pub struct Database {
+    pub database: TestDatabase,
+    pub watcher: tokio_postgres::Client,
+}
+
+impl Database {
+    pub async fn new() -> Self {
+        let server = PgServer::shared().expect("a server");
+        let database = TestDatabase::create(server).await.expect("a database");
+        let watcher = connect(database.url()).await;
+        Self { database, watcher }
+    }
+
+    pub fn config(&self) -> SessionConfig {
+        self.database.url().parse().expect("a URL")
+    }
+
+    pub fn sessions(&self) -> SessionManager {
+        SessionManager::new(self.config()).expect("a configuration")
+    }
+
+    /// A manager with one connection, so that the next borrower gets the one that was just returned.
+    pub fn single(&self) -> SessionManager {
+        SessionManager::new(self.config().max_size(1)).expect("a configuration")
+    }
+
+    pub async fn run(&self, sql: &str) {
+        self.watcher.batch_execute(sql).await.expect(sql);
+    }
+
+    pub async fn number(&self, sql: &str) -> i64 {
+        self.watcher.query_one(sql, &[]).await.expect(sql).get(0)
+    }
+
+    /// Waits until a query on the watcher's connection says so.
+    pub async fn until(&self, condition: &str) {
+        let sql = format!("SELECT ({condition})::bool");
+        let started = Instant::now();
+        loop {
+            let row = self.watcher.query_one(&sql, &[]).await.expect(condition);
+            if row.get::<_, Option<bool>>(0) == Some(true) {
+                return;
+            }
+            assert!(started.elapsed() < LIMIT, "never became true: {condition}");
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Waits until no session of this database but the watcher's is in a transaction or runs anything.
+    pub async fn until_quiet(&self) {
+        self.until(&format!("NOT EXISTS ({})", Self::BUSY)).await;
+    }
+
+    pub const BUSY: &str = "SELECT FROM pg_stat_activity WHERE datname = current_database() \
+        AND pid <> pg_backend_pid() AND backend_type = 'client backend' AND state <> 'idle'";
+}
+
+pub async fn connect(url: &str) -> tokio_postgres::Client {
+    let (client, connection) =
+        tokio_postgres::connect(url, tokio_postgres::NoTls).await.expect("a connection");
+    tokio::spawn(connection);
+    client
+}
+
+/// Fails the test rather than let it hang.
+pub async fn within<F: Future>(future: F) -> F::Output {
+    tokio::time::timeout(LIMIT, future).await.expect("done in time")
+}
+
+/// A future that is dropped after a number of polls.
+pub struct Polls<F> {
+    future: Pin<Box<F>>,
+    left: usize,
+}
+
+pub fn polls<F: Future>(future: F, left: usize) -> Polls<F> {
+    Polls { future: Box::pin(future), left }
+}
+
+impl<F: Future> Future for Polls<F> {
+    /// `None` if it was not done after so many polls.
+    type Output = Option<F::Output>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        if self.left == 0 {
+            return Poll::Ready(None);
+        }
+        self.left -= 1;
+        match self.future.as_mut().poll(cx) {
+            Poll::Ready(output) => Poll::Ready(Some(output)),
+            Poll::Pending if self.left == 0 => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}

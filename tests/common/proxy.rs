@@ -1,0 +1,182 @@
+//! A proxy that stands between the crate and the server: counts flights, and cuts, holds or swallows what passes.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+
+use pg_session::testing::PgServer;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+
+/// What to do at a COMMIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AtCommit {
+    Pass,
+    /// Close both sides before the server sees it.
+    CutBefore,
+    /// Let the server have it and close the client's side instead of passing on the answer.
+    CutAfter,
+    /// Let the server have it and never answer.
+    Swallow,
+}
+
+#[derive(Debug)]
+struct Shared {
+    flights: AtomicUsize,
+    at_commit: Mutex<AtCommit>,
+    /// New connections are accepted and get no answer.
+    silent: AtomicBool,
+    cut: Notify,
+}
+
+#[derive(Debug)]
+pub struct Proxy {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Proxy {
+    pub async fn start() -> Self {
+        let server = PgServer::shared().expect("a server");
+        Self::to(server.port()).await
+    }
+
+    pub async fn to(port: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let shared = Arc::new(Shared {
+            flights: AtomicUsize::new(0),
+            at_commit: Mutex::new(AtCommit::Pass),
+            silent: AtomicBool::new(false),
+            cut: Notify::new(),
+        });
+        let task = tokio::spawn({
+            let shared = Arc::clone(&shared);
+            async move {
+                while let Ok((client, _)) = listener.accept().await {
+                    tokio::spawn(serve(client, port, Arc::clone(&shared)));
+                }
+            }
+        });
+        Self { shared, address, task }
+    }
+
+    /// The URL of a database, by way of the proxy.
+    pub fn url(&self, database: &str) -> String {
+        format!("postgres://postgres@{}/{database}", self.address)
+    }
+
+    /// How many times the client has sent something after everything before it was answered.
+    pub fn flights(&self) -> usize {
+        self.shared.flights.load(SeqCst)
+    }
+
+    pub fn at_commit(&self, what: AtCommit) {
+        *self.shared.at_commit.lock().unwrap() = what;
+    }
+
+    pub fn be_silent(&self, silent: bool) {
+        self.shared.silent.store(silent, SeqCst);
+    }
+
+    /// Closes every connection.
+    pub fn cut_all(&self) {
+        self.shared.cut.notify_waiters();
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.task.abort();
+        self.shared.cut.notify_waiters();
+    }
+}
+
+async fn serve(mut client: TcpStream, port: u16, shared: Arc<Shared>) {
+    let cut = shared.cut.notified();
+    let relay = async {
+        if shared.silent.load(SeqCst) {
+            std::future::pending::<()>().await;
+        }
+        let Ok(mut server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
+        let _ = client.set_nodelay(true);
+        let _ = server.set_nodelay(true);
+        let (mut from_client, mut from_server) = ([0; 65536], [0; 65536]);
+        // Requests whose ReadyForQuery has not come; start-up counts as one.
+        let mut open: i64 = 1;
+        let mut requests = Frames::startup();
+        let mut answers = Frames::default();
+        let mut swallow = false;
+        let mut cut_after = false;
+        loop {
+            tokio::select! {
+                n = client.read(&mut from_client) => {
+                    let Ok(n @ 1..) = n else { return };
+                    let bytes = &from_client[..n];
+                    let mut commit = false;
+                    let before = open;
+                    requests.feed(bytes, |tag, body| {
+                        // Everything that ends in a ReadyForQuery.
+                        open += i64::from(matches!(tag, b'Q' | b'S'));
+                        commit |= tag == b'Q' && body.ends_with(b"COMMIT\0");
+                    });
+                    if before <= 0 && open > 0 {
+                        shared.flights.fetch_add(1, SeqCst);
+                    }
+                    if commit {
+                        match *shared.at_commit.lock().unwrap() {
+                            AtCommit::Pass => {}
+                            AtCommit::CutBefore => return,
+                            AtCommit::CutAfter => cut_after = true,
+                            AtCommit::Swallow => swallow = true,
+                        }
+                    }
+                    if server.write_all(bytes).await.is_err() { return }
+                }
+                n = server.read(&mut from_server) => {
+                    let Ok(n @ 1..) = n else { return };
+                    let bytes = &from_server[..n];
+                    answers.feed(bytes, |tag, _| open -= i64::from(tag == b'Z'));
+                    if cut_after { return }
+                    if !swallow && client.write_all(bytes).await.is_err() { return }
+                }
+            }
+        }
+    };
+    tokio::select! {
+        () = relay => {}
+        () = cut => {}
+    }
+}
+
+/// Collects bytes into frames.
+#[derive(Default)]
+struct Frames {
+    buffer: Vec<u8>,
+    startup: bool,
+}
+
+impl Frames {
+    /// The first message of a client has no tag.
+    fn startup() -> Self {
+        Self { buffer: Vec::new(), startup: true }
+    }
+
+    fn feed(&mut self, bytes: &[u8], mut on: impl FnMut(u8, &[u8])) {
+        self.buffer.extend_from_slice(bytes);
+        loop {
+            let tag = usize::from(!self.startup);
+            let Some(length) = self.buffer.get(tag..tag + 4) else { return };
+            let end = tag + u32::from_be_bytes(length.try_into().unwrap()) as usize;
+            if self.buffer.len() < end {
+                return;
+            }
+            let frame: Vec<u8> = self.buffer.drain(..end).collect();
+            if !std::mem::take(&mut self.startup) {
+                on(frame[0], &frame[5..]);
+            }
+        }
+    }
+}
