@@ -273,6 +273,11 @@ impl Connection {
         let turn = self.turn().await?;
         self.mark_dirty();
         let result = self.client.batch_execute(sql).await;
+        if result.is_err() {
+            // The text may have begun a transaction before it failed. The driver answers with the error before it has
+            // read how the session stands after it; the fence waits for that.
+            let _ = self.client.check_connection().await;
+        }
         turn.finish();
         result.map_err(|e| self.explain(e))
     }

@@ -1,5 +1,5 @@
 //! What the tests share: a server for each test binary, a database for each test, and ways to wait that are not sleep.
-#![allow(dead_code, reason = "every test binary uses a part of it")]
+#![allow(dead_code, unreachable_pub, missing_docs, reason = "every test binary uses a part of it")]
 
 pub mod proxy;
 
@@ -61,6 +61,12 @@ impl Database {
             assert!(started.elapsed() < LIMIT, "never became true: {condition}");
             tokio::task::yield_now().await;
         }
+    }
+
+    /// Waits until this backend is inside `pg_sleep`.
+    pub async fn until_sleeping(&self, pid: i32) {
+        let sleeping = "pid = %1 AND wait_event = 'PgSleep'".replace("%1", &pid.to_string());
+        self.until(&format!("EXISTS (SELECT FROM pg_stat_activity WHERE {sleeping})")).await;
     }
 
     /// Waits until no session of this database but the watcher's is in a transaction or runs anything.
