@@ -200,7 +200,8 @@ async fn clean_sessions_are_back_at_once() {
         session.query("SELECT * FROM t", &[]).await.unwrap();
         session.transaction(async |tx| tx.execute("DELETE FROM t", &[]).await).await.unwrap();
         assert!(session.execute("SELECT 1/0", &[]).await.is_err());
-        let failed: Result<(), Error> = session.transaction(async |tx| Err(tx.execute("no", &[]).await.unwrap_err())).await;
+        let failed: Result<(), Error> =
+            session.transaction(async |tx| Err(tx.execute("no", &[]).await.unwrap_err())).await;
         failed.unwrap_err();
         drop(session);
         assert_eq!((sessions.status().idle, sessions.status().in_use), (1, 0));
