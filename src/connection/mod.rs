@@ -53,7 +53,8 @@ use crate::statements::{Cached, Source, Statements, ToStatement};
 /// The same for every verb. A future that was never polled has sent nothing. Dropped later, its statement is cancelled
 /// on the server in the background, within [`cleanup_timeout`](crate::SessionConfig::cleanup_timeout), and the next
 /// statement on this connection waits for that; whether it took effect is unknown outside a transaction. Inside one the
-/// transaction is aborted, as by any failed statement.
+/// transaction is aborted, as by any failed statement. A cancel request stops whatever the server's session runs, so
+/// none is sent while another statement of this connection is still waited for.
 pub struct Connection {
     pub(crate) client: Arc<ClientWrapper>,
     pub(crate) link: Arc<Link>,

@@ -78,6 +78,20 @@ impl Database {
         AND pid <> pg_backend_pid() AND backend_type = 'client backend' AND state <> 'idle'";
 }
 
+/// Waits until every session is back in the pool, repaired where it has to be.
+pub async fn until_returned(sessions: &SessionManager) {
+    within(async {
+        loop {
+            let status = sessions.status();
+            if (status.in_use, status.waiting, status.connecting) == (0, 0, 0) {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
 pub async fn connect(url: &str) -> tokio_postgres::Client {
     let (client, connection) =
         tokio_postgres::connect(url, tokio_postgres::NoTls).await.expect("a connection");
