@@ -25,7 +25,10 @@ impl Transaction<'_> {
         }
         // The server would answer COMMIT with ROLLBACK: the first error says why.
         if let Some(first) = wire.first_error(0) {
-            return Err(Error::Aborted(Box::new(ServerError::clone(&first))));
+            return Err(match first.is_fatal() {
+                true => link.lost("the server ended the session before COMMIT was sent"),
+                false => Error::Aborted(Box::new(ServerError::clone(&first))),
+            });
         }
         let Role::Outermost { begins, commits } = self.role else { return Err(self.ended()) };
         let begun = wire.begins().wrapping_sub(begins);
