@@ -75,7 +75,7 @@ const URL_PART: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b
 pub struct PgServer {
     // Invariant: in this order, since fields are dropped in order: the watchdog finds the directory already gone.
     directory: TempDir,
-    _watchdog: Watchdog,
+    watchdog: Watchdog,
     account: Option<Account>,
     binaries: Binaries,
     port: u16,
@@ -225,12 +225,11 @@ impl PgServer {
         let binaries = Binaries::find(builder.bin_dir.as_deref())?;
         let directory = temporary_directory()?;
         let account = Account::to_run_as(directory.path())?;
-        let pid_file = directory.path().join("data/postmaster.pid");
-        let watchdog = Watchdog::start(directory.path(), &pid_file)
+        let watchdog = Watchdog::start(directory.path())
             .map_err(PgServerError::io("start /bin/sh to watch over the server"))?;
         Ok(Self {
             directory,
-            _watchdog: watchdog,
+            watchdog,
             account,
             binaries,
             port: 0,
@@ -248,7 +247,10 @@ impl PgServer {
             .arg("--pgdata")
             .arg(self.data_dir());
         let mut child = self.spawn(&mut initdb, &output_path)?;
+        // So asked, it ends the server it is running, which would else leave shared memory behind.
+        self.watchdog.watch(&child, "TERM");
         let status = process::wait(&mut child, INIT_LIMIT).map_err(PgServerError::io("wait for initdb"))?;
+        self.watchdog.forget();
         match status {
             Some(status) if status.success() => {}
             Some(status) => {
@@ -302,6 +304,7 @@ impl PgServer {
             .args(["-c", "listen_addresses=127.0.0.1", "-c", &format!("port={}", self.port), "-c"])
             .arg(sockets);
         let mut child = self.spawn(&mut postgres, &self.log_path())?;
+        self.watchdog.watch(&child, "QUIT");
 
         let deadline = Instant::now() + START_LIMIT;
         let reason = loop {
@@ -318,6 +321,7 @@ impl PgServer {
                 None => thread::sleep(POLL),
             }
         };
+        self.watchdog.forget();
         Err(PgServerError::StartFailed { reason, log: tail(&self.log_path()) })
     }
 
@@ -332,15 +336,18 @@ impl PgServer {
     /// Sends the signal that asks for a shutdown, waits until the server has gone, and kills it if it has not.
     fn end(&mut self, signal: &str) -> Result<(), PgServerError> {
         let Some(mut child) = self.postmaster.take() else { return Ok(()) };
-        let error = match process::signal(&child, signal).and_then(|()| process::wait(&mut child, STOP_LIMIT))
-        {
+        let ended = process::signal(&child, signal).and_then(|()| process::wait(&mut child, STOP_LIMIT));
+        if !matches!(ended, Ok(Some(_))) {
+            // It may be gone already; what matters is that it is afterwards.
+            let _ = process::kill(&mut child);
+        }
+        self.watchdog.forget();
+        let error = match ended {
             Ok(Some(status)) if status.success() => return Ok(()),
             Ok(Some(status)) => io::Error::other(status.to_string()),
             Ok(None) => io::ErrorKind::TimedOut.into(),
             Err(error) => error,
         };
-        // It may be gone already; what matters is that it is afterwards.
-        let _ = process::kill(&mut child);
         Err(PgServerError::io("stop the server")(error))
     }
 
