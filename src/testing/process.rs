@@ -49,7 +49,8 @@ pub(super) fn kill(child: &mut Child) -> io::Result<()> {
     child.wait().map(drop)
 }
 
-/// Sends a signal by its name, such as `INT`, to a child that has not been reaped (so its id is still its own).
+/// Sends a signal by its name, such as `INT`, to a child that has not been reaped (so its id is still its
+/// own).
 pub(super) fn signal(child: &Child, name: &str) -> io::Result<()> {
     // The shell's `kill`, because the standard library can send nothing but SIGKILL.
     let pid = child.id().to_string();
@@ -60,23 +61,26 @@ pub(super) fn signal(child: &Child, name: &str) -> io::Result<()> {
 
 /// Ends the server and removes its directory when this process has ended without doing so itself.
 ///
-/// A shell reads from a pipe that only this process holds open. However this process ends, by a signal, by `exit`
-/// with the server in a `static`, or by SIGKILL, the kernel closes the pipe and the shell goes to work.
+/// A shell reads from a pipe that only this process holds open. However this process ends, by a signal, by
+/// `exit` with the server in a `static`, or by SIGKILL, the kernel closes the pipe and the shell goes to
+/// work.
 #[derive(Debug)]
 pub(super) struct Watchdog {
     child: Child,
     pipe: Option<ChildStdin>,
 }
 
-/// Its argument is the directory; each line it reads is a signal and the process to end by it, or empty.
+/// Its argument is the directory; each line it reads is a signal, the process to end by it, and a file in the
+/// directory that the process removes when it ends; or empty.
 const WATCHDOG: &str = r#"
 trap '' HUP INT TERM
 while read -r line; do last=$line; done
 set -- "$1" $last
 pause() { sleep 0.05 || sleep 1; }
-if [ $# = 3 ] && kill -s "$2" "$3"; then
+if [ $# = 4 ] && kill -s "$2" "$3"; then
     waited=0
-    while kill -s 0 "$3"; do
+    # The file too: where orphans are reaped late or never, their ids stay.
+    while [ -e "$1/$4" ] && kill -s 0 "$3"; do
         waited=$((waited + 1))
         if [ "$waited" -gt 200 ]; then kill -s KILL "$3"; break; fi
         pause
@@ -107,9 +111,10 @@ impl Watchdog {
         Ok(Self { child, pipe })
     }
 
-    /// From now on, `process` is to be ended by this signal before its directory goes.
-    pub(super) fn watch(&self, process: &Child, signal: &str) {
-        self.tell(&format!("{signal} {}\n", process.id()));
+    /// From now on, `process` is to be ended by this signal before the directory goes; it removes `file` at
+    /// its end.
+    pub(super) fn watch(&self, process: &Child, signal: &str, file: &str) {
+        self.tell(&format!("{signal} {} {file}\n", process.id()));
     }
 
     /// The process has been reaped: its id may be another's from now on.
