@@ -25,10 +25,10 @@ const IN_USE_LIMIT: Duration = Duration::from_secs(30);
 
 /// A fresh database for one test, dropped with this value.
 ///
-/// Dropping it ends the sessions that are still in it. That happens in a thread of its own, needs no runtime, and
-/// holds up the caller for 5 s at most. A database can be kept for a closer look: [`keep`](Self::keep) keeps it, and
-/// with `PG_SESSION_KEEP_DATABASES=1` in the environment each test that panics keeps its own. (A database on a
-/// [`PgServer`] goes with its server all the same.)
+/// Dropping it ends the sessions that are still in it. That happens in a thread of its own, needs no runtime,
+/// and holds up the caller for 5 s at most. A database can be kept for a closer look: [`keep`](Self::keep)
+/// keeps it, and with `PG_SESSION_KEEP_DATABASES=1` in the environment each test that panics keeps its own.
+/// (A database on a [`PgServer`] goes with its server all the same.)
 ///
 /// The connections made here do not use TLS.
 pub struct TestDatabase {
@@ -54,8 +54,8 @@ impl TestDatabase {
 
     /// Creates an empty database on any server, such as one that CI runs beside the tests.
     ///
-    /// `url` is a URL or key/value string as [`tokio_postgres::Config`] reads it, of any database of that server, for
-    /// a role that may create databases.
+    /// `url` is a URL or key/value string as [`tokio_postgres::Config`] reads it, of any database of that
+    /// server, for a role that may create databases.
     ///
     /// # Errors
     ///
@@ -82,8 +82,8 @@ impl TestDatabase {
     }
 
     async fn create_from(admin_url: String, template: Option<String>) -> Result<Self, PgServerError> {
-        // Cancel safety: the statement goes on after its future is dropped, so the task that waits for its end
-        // must go on, too; then it drops the database that nobody took.
+        // Cancel safety: the statement goes on after its future is dropped, so the task that waits for its
+        // end must go on, too; then it drops the database that nobody took.
         let creation = tokio::spawn(async move {
             let client = connect(&admin_url).await?;
             let name = unique_name();
@@ -125,7 +125,8 @@ impl TestDatabase {
         &self.name
     }
 
-    /// Keeps the database when this value is dropped, and prints its URL, without a password, to standard error.
+    /// Keeps the database when this value is dropped, and prints its URL, without a password, to standard
+    /// error.
     pub fn keep(&mut self) {
         self.dropped_with_self = false;
         eprintln!("pg-session: keeping test database {} ({})", self.name, without_password(&self.url));
@@ -139,8 +140,8 @@ impl TestDatabase {
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe: if the future is dropped before its end, dropping goes on in the background as for any other
-    /// test database.
+    /// Cancel safe: if the future is dropped before its end, dropping goes on in the background as for any
+    /// other test database.
     pub async fn drop_now(mut self) -> Result<(), PgServerError> {
         let result = drop_database(&self.admin_url, &self.name).await;
         self.dropped_with_self = false;
@@ -165,7 +166,8 @@ impl Drop for TestDatabase {
         }
         let (done, dropped) = mpsc::channel();
         let (admin_url, name) = (self.admin_url.clone(), self.name.clone());
-        // A thread with a runtime of its own: the caller's may be absent, ending, or one that must not be blocked.
+        // A thread with a runtime of its own: the caller's may be absent, ending, or one that must not be
+        // blocked.
         let spawned = thread::Builder::new().name("pg-session-drop".to_owned()).spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let result = runtime.map(|runtime| runtime.block_on(drop_database(&admin_url, &name)));
@@ -186,8 +188,8 @@ impl Drop for TestDatabase {
 
 /// A database on a [`PgServer`] that is prepared once, for tests to clone.
 ///
-/// Cloning copies files on the server, which takes some tens of milliseconds, however long the preparation took.
-/// Clones of this value stand for the same database, which goes with its server.
+/// Cloning copies files on the server, which takes some tens of milliseconds, however long the preparation
+/// took. Clones of this value stand for the same database, which goes with its server.
 #[derive(Debug, Clone)]
 pub struct Template {
     admin_url: String,
@@ -197,20 +199,21 @@ pub struct Template {
 impl Template {
     /// The template of this name on this server; the first caller prepares it.
     ///
-    /// `prepare` gets the URL of an empty database and fills it, by migrations say. Callers that come while it runs
-    /// wait for it, and their own closures are not run. When it has ended, sessions still in the template are ended,
-    /// and no more are let in.
+    /// `prepare` gets the URL of an empty database and fills it, by migrations say. Callers that come while
+    /// it runs wait for it, and their own closures are not run. When it has ended, sessions still in the
+    /// template are ended, and no more are let in.
     ///
     /// # Errors
     ///
-    /// - [`PgServerError::Template`]: `prepare` failed. The half-made database is dropped, and the next caller may
+    /// - [`PgServerError::Template`]: `prepare` failed. The half-made database is dropped, and the next
+    ///   caller may
     ///   try again.
     /// - [`PgServerError::Database`]: the server cannot be reached or refuses.
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe: if the future is dropped while `prepare` runs, the half-made database is dropped, and the next
-    /// caller starts afresh.
+    /// Cancel safe: if the future is dropped while `prepare` runs, the half-made database is dropped, and the
+    /// next caller starts afresh.
     pub async fn prepare<F>(server: &PgServer, name: &str, prepare: F) -> Result<Self, PgServerError>
     where
         F: AsyncFnOnce(&str) -> Result<(), Box<dyn Error + Send + Sync>>,
@@ -260,7 +263,8 @@ async fn open(url: &str) -> Result<Client, tokio_postgres::Error> {
     Ok(client)
 }
 
-/// A name that no other test has, in this process or in another that uses the same server; letters, digits and `_`.
+/// A name that no other test has, in this process or in another that uses the same server; letters, digits
+/// and `_`.
 fn unique_name() -> String {
     static COUNT: AtomicU64 = AtomicU64::new(1);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);

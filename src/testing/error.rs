@@ -2,7 +2,8 @@
 
 use std::{error::Error, io, path::PathBuf};
 
-/// Why a [`PgServer`](super::PgServer) or a [`TestDatabase`](super::TestDatabase) could not do what was asked.
+/// Why a [`PgServer`](super::PgServer) or a [`TestDatabase`](super::TestDatabase) could not do what was
+/// asked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PgServerError {
@@ -28,9 +29,7 @@ pub enum PgServerError {
     },
 
     /// PostgreSQL refuses to run as root, and neither user `postgres` nor `nobody` exists to run it instead.
-    #[error(
-        "PostgreSQL refuses to run as root, and there is no user postgres or nobody in /etc/passwd to run it as"
-    )]
+    #[error("PostgreSQL refuses to run as root, and /etc/passwd has no user postgres or nobody to run it as")]
     RootWithoutUser,
 
     /// `initdb` could not make the cluster.

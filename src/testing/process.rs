@@ -1,7 +1,7 @@
 //! Child processes with a limit in time, and the watchdog that cleans up when nobody else can.
 
 use std::{
-    io::{self, Read},
+    io::{self, Read, Write},
     os::unix::process::CommandExt,
     path::Path,
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
@@ -49,7 +49,8 @@ pub(super) fn kill(child: &mut Child) -> io::Result<()> {
     child.wait().map(drop)
 }
 
-/// Sends a signal by its name, such as `INT`, to a child that has not been reaped (so its id is still its own).
+/// Sends a signal by its name, such as `INT`, to a child that has not been reaped (so its id is still its
+/// own).
 pub(super) fn signal(child: &Child, name: &str) -> io::Result<()> {
     // The shell's `kill`, because the standard library can send nothing but SIGKILL.
     let pid = child.id().to_string();
@@ -58,43 +59,46 @@ pub(super) fn signal(child: &Child, name: &str) -> io::Result<()> {
     output(&mut shell, Duration::from_secs(10)).map(drop)
 }
 
-/// Stops the cluster and removes its directory when this process has ended without doing so itself.
+/// Ends the server and removes its directory when this process has ended without doing so itself.
 ///
-/// A shell reads from a pipe that only this process holds open. However this process ends, by a signal, by `exit`
-/// with the server in a `static`, or by SIGKILL, the kernel closes the pipe and the shell goes to work.
+/// A shell reads from a pipe that only this process holds open. However this process ends, by a signal, by
+/// `exit` with the server in a `static`, or by SIGKILL, the kernel closes the pipe and the shell goes to
+/// work.
 #[derive(Debug)]
 pub(super) struct Watchdog {
     child: Child,
     pipe: Option<ChildStdin>,
 }
 
+/// Its argument is the directory; each line it reads is a signal, the process to end by it, and a file in the
+/// directory that the process removes when it ends; or empty.
 const WATCHDOG: &str = r#"
 trap '' HUP INT TERM
-while read -r _; do :; done
+while read -r line; do last=$line; done
+set -- "$1" $last
 pause() { sleep 0.05 || sleep 1; }
-# More than one round, since initdb or a server that is just starting may still be writing.
+if [ $# = 4 ] && kill -s "$2" "$3"; then
+    waited=0
+    # The file too: where orphans are reaped late or never, their ids stay.
+    while [ -e "$1/$4" ] && kill -s 0 "$3"; do
+        waited=$((waited + 1))
+        if [ "$waited" -gt 200 ]; then kill -s KILL "$3"; break; fi
+        pause
+    done
+fi
+# Again, should a process still have been writing.
 for round in 1 2 3 4 5; do
-    [ -d "$1" ] || exit 0
-    if read -r pid <"$2" && kill -s QUIT "$pid"; then
-        waited=0
-        # The file too: where nobody reaps orphans, the process id stays.
-        while [ -e "$2" ] && kill -s 0 "$pid"; do
-            waited=$((waited + 1))
-            if [ "$waited" -gt 200 ]; then kill -s KILL "$pid"; break; fi
-            pause
-        done
-    fi
     rm -rf -- "$1"
     pause
+    [ -d "$1" ] || exit 0
 done
 "#;
 
 impl Watchdog {
-    /// Watches over `directory` and the server that writes its process id to `pid_file`.
-    pub(super) fn start(directory: &Path, pid_file: &Path) -> io::Result<Self> {
+    pub(super) fn start(directory: &Path) -> io::Result<Self> {
         let mut child = Command::new("/bin/sh")
             .args(["-c", WATCHDOG, "pg-session-watchdog"])
-            .args([directory, pid_file])
+            .arg(directory)
             .current_dir("/")
             // Its own group: Ctrl-C must end the test process, not its watchdog.
             .process_group(0)
@@ -105,6 +109,24 @@ impl Watchdog {
             .spawn()?;
         let pipe = child.stdin.take();
         Ok(Self { child, pipe })
+    }
+
+    /// From now on, `process` is to be ended by this signal before the directory goes; it removes `file` at
+    /// its end.
+    pub(super) fn watch(&self, process: &Child, signal: &str, file: &str) {
+        self.tell(&format!("{signal} {} {file}\n", process.id()));
+    }
+
+    /// The process has been reaped: its id may be another's from now on.
+    pub(super) fn forget(&self) {
+        self.tell("\n");
+    }
+
+    fn tell(&self, line: &str) {
+        if let Some(mut pipe) = self.pipe.as_ref() {
+            // Fails only if somebody has killed the watchdog, and then nobody is left to be told.
+            let _ = pipe.write_all(line.as_bytes());
+        }
     }
 }
 

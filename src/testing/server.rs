@@ -55,27 +55,28 @@ const URL_PART: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b
 
 /// A throw-away PostgreSQL server.
 ///
-/// Its programs are looked for in the builder's [`bin_dir`](PgServerBuilder::bin_dir), else in the directory that
-/// `PG_SESSION_PG_BIN` names, else in `PATH`, in `pg_config --bindir`, and where Debian, Red Hat, Homebrew and
-/// Postgres.app put them; PostgreSQL 14 or newer is needed. As root, the server runs as user `postgres`, else as
-/// `nobody`, who must be able to read the programs.
+/// Its programs are looked for in the builder's [`bin_dir`](PgServerBuilder::bin_dir), else in the directory
+/// that `PG_SESSION_PG_BIN` names, else in `PATH`, in `pg_config --bindir`, and where Debian, Red Hat,
+/// Homebrew and Postgres.app put them; PostgreSQL 14 or newer is needed. As root, the server runs as user
+/// `postgres`, else as `nobody`, who must be able to read the programs.
 ///
-/// The cluster lies in a directory of its own under the temporary directory (under `/tmp` where that path is too
-/// long for a Unix socket), has the superuser `postgres`, UTF-8 and the `C` locale, and listens on a free port of
-/// 127.0.0.1 and on a Unix socket in that directory. It asks for no password: any user of this machine can connect.
-/// Durability is off (`fsync`, `synchronous_commit`, `full_page_writes`), since nothing in it needs to survive, and
-/// `max_connections` is 300.
+/// The cluster lies in a directory of its own under the temporary directory (under `/tmp` where that path is
+/// too long for a Unix socket), has the superuser `postgres`, UTF-8 and the `C` locale, and listens on a free
+/// port of 127.0.0.1 and on a Unix socket in that directory. It asks for no password: any user of this
+/// machine can connect. Durability is off (`fsync`, `synchronous_commit`, `full_page_writes`), since nothing
+/// in it needs to survive, and `max_connections` is 300.
 ///
 /// Dropping the server stops it and removes its directory. A watchdog does so when this process ends without
 /// dropping it: after `exit`, with the server in a `static`, by Ctrl-C, even by SIGKILL.
 ///
-/// All calls block, and can be used from synchronous and from async code; in async code they hold up the thread,
-/// [`start`](Self::start) for about a second.
+/// All calls block, and can be used from synchronous and from async code; in async code they hold up the
+/// thread, [`start`](Self::start) for about a second.
 #[derive(Debug)]
 pub struct PgServer {
-    // Invariant: in this order, since fields are dropped in order: the watchdog finds the directory already gone.
+    // Invariant: in this order, since fields are dropped in order: the watchdog finds the directory already
+    // gone.
     directory: TempDir,
-    _watchdog: Watchdog,
+    watchdog: Watchdog,
     account: Option<Account>,
     binaries: Binaries,
     port: u16,
@@ -166,8 +167,8 @@ impl PgServer {
         fs::read(self.log_path()).map(|log| String::from_utf8_lossy(&log).into_owned()).unwrap_or_default()
     }
 
-    /// Stops the server, as dropping it does, but by a fast shutdown (sessions are ended, a checkpoint is written)
-    /// and with the result told; then removes its directory.
+    /// Stops the server, as dropping it does, but by a fast shutdown (sessions are ended, a checkpoint is
+    /// written) and with the result told; then removes its directory.
     ///
     /// # Errors
     ///
@@ -186,8 +187,8 @@ impl PgServer {
         self.start_again()
     }
 
-    /// Makes the server go at once, as if it had crashed: an immediate shutdown, after which a start recovers.
-    /// Its directory stays until the server is dropped. Does nothing if it is not running.
+    /// Makes the server go at once, as if it had crashed: an immediate shutdown, after which a start
+    /// recovers. Its directory stays until the server is dropped. Does nothing if it is not running.
     ///
     /// # Errors
     ///
@@ -201,8 +202,8 @@ impl PgServer {
     ///
     /// # Errors
     ///
-    /// [`PgServerError::StartFailed`] if it ended, or was not ready within 30 s, also when another process had
-    /// taken the port meanwhile and kept it.
+    /// [`PgServerError::StartFailed`] if it ended, or was not ready within 30 s, also when another process
+    /// had taken the port meanwhile and kept it.
     pub fn start_again(&mut self) -> Result<(), PgServerError> {
         if self.postmaster.is_some() {
             return Ok(());
@@ -225,12 +226,11 @@ impl PgServer {
         let binaries = Binaries::find(builder.bin_dir.as_deref())?;
         let directory = temporary_directory()?;
         let account = Account::to_run_as(directory.path())?;
-        let pid_file = directory.path().join("data/postmaster.pid");
-        let watchdog = Watchdog::start(directory.path(), &pid_file)
+        let watchdog = Watchdog::start(directory.path())
             .map_err(PgServerError::io("start /bin/sh to watch over the server"))?;
         Ok(Self {
             directory,
-            _watchdog: watchdog,
+            watchdog,
             account,
             binaries,
             port: 0,
@@ -248,7 +248,10 @@ impl PgServer {
             .arg("--pgdata")
             .arg(self.data_dir());
         let mut child = self.spawn(&mut initdb, &output_path)?;
+        // So asked, it ends the server it is running, which would else leave shared memory behind.
+        self.watchdog.watch(&child, "TERM", "data");
         let status = process::wait(&mut child, INIT_LIMIT).map_err(PgServerError::io("wait for initdb"))?;
+        self.watchdog.forget();
         match status {
             Some(status) if status.success() => {}
             Some(status) => {
@@ -271,7 +274,8 @@ impl PgServer {
             .map_err(PgServerError::io("write postgresql.conf"))
     }
 
-    /// Starts the postmaster and waits until it accepts sessions; `other_port` is asked when the port is taken.
+    /// Starts the postmaster and waits until it accepts sessions; `other_port` is asked when the port is
+    /// taken.
     fn launch(
         &mut self,
         other_port: impl Fn(&Self) -> Result<u16, PgServerError>,
@@ -295,13 +299,15 @@ impl PgServer {
         sockets.push(self.socket_dir());
         sockets.push("\"");
         let mut postgres = self.command(&self.binaries.postgres());
-        // On the command line, where neither a setting nor ALTER SYSTEM can change what this struct relies on.
+        // On the command line, where neither a setting nor ALTER SYSTEM can change what this struct relies
+        // on.
         postgres
             .arg("-D")
             .arg(self.data_dir())
             .args(["-c", "listen_addresses=127.0.0.1", "-c", &format!("port={}", self.port), "-c"])
             .arg(sockets);
         let mut child = self.spawn(&mut postgres, &self.log_path())?;
+        self.watchdog.watch(&child, "QUIT", "data/postmaster.pid");
 
         let deadline = Instant::now() + START_LIMIT;
         let reason = loop {
@@ -318,29 +324,35 @@ impl PgServer {
                 None => thread::sleep(POLL),
             }
         };
+        self.watchdog.forget();
         Err(PgServerError::StartFailed { reason, log: tail(&self.log_path()) })
     }
 
     /// Whether the postmaster has said in its lock file that it accepts sessions.
     fn is_ready(&self, postmaster: &Child) -> bool {
-        // PostgreSQL's pidfile.h: line 1 is the process id (a crashed server leaves its file), line 8 the status.
+        // PostgreSQL's pidfile.h: line 1 is the process id (a crashed server leaves its file), line 8 the
+        // status.
         let Ok(lock) = fs::read_to_string(self.data_dir().join("postmaster.pid")) else { return false };
         let mut lines = lock.lines();
         lines.next() == Some(&postmaster.id().to_string()) && lines.nth(6).map(str::trim) == Some("ready")
     }
 
-    /// Sends the signal that asks for a shutdown, waits until the server has gone, and kills it if it has not.
+    /// Sends the signal that asks for a shutdown, waits until the server has gone, and kills it if it has
+    /// not.
     fn end(&mut self, signal: &str) -> Result<(), PgServerError> {
         let Some(mut child) = self.postmaster.take() else { return Ok(()) };
-        let error = match process::signal(&child, signal).and_then(|()| process::wait(&mut child, STOP_LIMIT))
-        {
+        let ended = process::signal(&child, signal).and_then(|()| process::wait(&mut child, STOP_LIMIT));
+        if !matches!(ended, Ok(Some(_))) {
+            // It may be gone already; what matters is that it is afterwards.
+            let _ = process::kill(&mut child);
+        }
+        self.watchdog.forget();
+        let error = match ended {
             Ok(Some(status)) if status.success() => return Ok(()),
             Ok(Some(status)) => io::Error::other(status.to_string()),
             Ok(None) => io::ErrorKind::TimedOut.into(),
             Err(error) => error,
         };
-        // It may be gone already; what matters is that it is afterwards.
-        let _ = process::kill(&mut child);
         Err(PgServerError::io("stop the server")(error))
     }
 
@@ -348,7 +360,8 @@ impl PgServer {
         self.directory.path().join("log")
     }
 
-    /// A server program, to be run as the right user, away from the terminal and from this process's PG variables.
+    /// A server program, to be run as the right user, away from the terminal and from this process's PG
+    /// variables.
     fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         for (name, _) in env::vars_os().filter(|(name, _)| name.as_bytes().starts_with(b"PG")) {
@@ -419,15 +432,17 @@ impl PgServerBuilder {
         self
     }
 
-    /// Makes the cluster and starts the server; blocks until it accepts sessions, normally for about a second,
-    /// 60 s for `initdb` and 30 s for the start at most.
+    /// Makes the cluster and starts the server; blocks until it accepts sessions, normally for about a
+    /// second, 60 s for `initdb` and 30 s for the start at most.
     ///
     /// # Errors
     ///
-    /// - [`NotFound`](PgServerError::NotFound), [`TooOld`](PgServerError::TooOld): no programs that will do. A
+    /// - [`NotFound`](PgServerError::NotFound), [`TooOld`](PgServerError::TooOld): no programs that will do.
+    ///   A
     ///   directory named by `bin_dir` or `PG_SESSION_PG_BIN` must hold them: no other place is tried then.
     /// - [`RootWithoutUser`](PgServerError::RootWithoutUser): no user to run the server as.
-    /// - [`InitFailed`](PgServerError::InitFailed), [`StartFailed`](PgServerError::StartFailed): what the programs
+    /// - [`InitFailed`](PgServerError::InitFailed), [`StartFailed`](PgServerError::StartFailed): what the
+    ///   programs
     ///   said; a setting that the server does not accept shows here.
     /// - [`Io`](PgServerError::Io): the temporary directory or a process could not be made.
     pub fn start(self) -> Result<PgServer, PgServerError> {
