@@ -126,6 +126,11 @@ fn leaves_state(sql: &str) -> bool {
         })
 }
 
+/// Whether the text begins with COPY.
+pub(crate) fn is_copy(sql: &str) -> bool {
+    skip_comments(sql).get(..4).is_some_and(|word| word.eq_ignore_ascii_case("copy"))
+}
+
 fn skip_comments(mut sql: &str) -> &str {
     loop {
         sql = sql.trim_start_matches(|c: char| c.is_whitespace() || c == '(' || c == ';');

@@ -180,8 +180,8 @@ impl Link {
     }
 
     /// Drains the connection; cancels what runs if it does not end by itself at once and nobody waits for it.
-    pub(super) async fn quiesce(&self, client: &Client) -> Result<(), tokio_postgres::Error> {
-        let mut fence = pin!(client.check_connection());
+    pub(super) async fn quiesce(&self, client: &Client) -> Result<(), &'static str> {
+        let mut fence = pin!(fence(client));
         if let Ok(result) = timeout(GRACE, &mut fence).await {
             return result;
         }
@@ -203,14 +203,30 @@ impl Link {
             }
         }
         // The signal was sent before the cancel socket closed; this round trip takes it if it came late.
-        client.check_connection().await
+        self::fence(client).await
     }
 
-    pub(super) async fn roll_back(&self, client: &Client) -> Result<(), tokio_postgres::Error> {
+    pub(super) async fn roll_back(&self, client: &Client) -> Result<(), &'static str> {
         if self.wire.status() == TransactionStatus::Idle {
             return Ok(());
         }
-        client.batch_execute("ROLLBACK").await
+        client.batch_execute("ROLLBACK").await.map_err(|_| "ROLLBACK failed")
+    }
+}
+
+/// Waits until everything sent before is answered, and makes sure that driver and server still agree on which answer
+/// belongs to which request.
+///
+/// They may not after a COPY into the server that failed at its start: the driver then sends one Sync more than the
+/// server swallows, and from there on every answer would go to the request before its own. An empty query is answered
+/// by more than ReadyForQuery alone, so a stray one is told apart (manual, chapter 54.2.6).
+pub(super) async fn fence(client: &Client) -> Result<(), &'static str> {
+    match client.simple_query("").await {
+        Ok(answer) if answer.is_empty() => Err("its answers were out of step"),
+        Ok(_) => Ok(()),
+        // A cancel request that came late; an answer of its own all the same.
+        Err(e) if e.as_db_error().is_some() => Ok(()),
+        Err(_) => Err(CLOSED),
     }
 }
 
@@ -253,7 +269,7 @@ async fn settle(mut guard: Settling, client: Arc<ClientWrapper>) {
         let mut flow = link.flow();
         match result {
             Some(Ok(())) => {}
-            Some(Err(_)) => flow.broken = flow.broken.or(Some(CLOSED)),
+            Some(Err(reason)) => flow.broken = flow.broken.or(Some(reason)),
             None => flow.broken = flow.broken.or(Some(STALLED)),
         }
         if flow.broken.is_some() {

@@ -25,7 +25,7 @@ pub(crate) use turn::{Turn, Verdict};
 
 use crate::connect::Wire;
 use crate::error::Error;
-use crate::statements::{Cached, Source, Statements, ToStatement};
+use crate::statements::{Cached, Source, Statements, ToStatement, is_copy};
 
 /// One server connection on loan: what [`Session`](crate::Session) and [`Transaction`](crate::Transaction) dereference
 /// to, and so the type that a function takes when it does not care which of them it gets.
@@ -323,14 +323,23 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// As [`query`](Self::query).
+    /// As [`query`](Self::query), and [`Error::Config`] for text that is no COPY.
     pub async fn copy_in<S>(&self, sql: &S) -> Result<CopyIn<'_>, Error>
     where
         S: ToStatement + ?Sized,
     {
+        if matches!(sql.source(), Source::Text(text) if !is_copy(text)) {
+            return Err(Error::config("copy_in needs a COPY … FROM STDIN statement"));
+        }
         let (sink, turn) = with_statement!(self, sql, |statement, turn| {
             turn.set_streaming();
-            self.client.copy_in::<_, Bytes>(statement)
+            async {
+                let result = self.client.copy_in::<_, Bytes>(statement).await;
+                if result.is_err() {
+                    self.check_step().await;
+                }
+                result
+            }
         })?;
         Ok(CopyIn::new(self, sink, turn))
     }

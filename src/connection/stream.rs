@@ -133,6 +133,9 @@ impl<'a> CopyIn<'a> {
     /// Dropped, the COPY was carried out or not.
     pub async fn finish(mut self) -> Result<u64, Error> {
         let result = poll_fn(|cx| self.sink.as_mut().poll_finish(cx)).await;
+        if result.is_err() {
+            self.connection.check_step().await;
+        }
         self.turn.conclude();
         result.map_err(|e| self.connection.explain(e))
     }
@@ -159,7 +162,9 @@ impl Sink<Bytes> for CopyIn<'_> {
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let this = self.get_mut();
         let result = ready!(this.sink.as_mut().poll_close(cx));
-        this.turn.conclude();
+        if result.is_ok() {
+            this.turn.conclude(); // after an error, dropping the turn settles the connection
+        }
         Poll::Ready(result.map_err(|e| this.connection.explain(e)))
     }
 }

@@ -9,7 +9,7 @@ use tokio_postgres::Client;
 use tokio_postgres::error::{Severity, SqlState};
 
 use super::link::{PANICKED, STALLED};
-use super::{Connection, reset};
+use super::{Connection, link, reset};
 use crate::config::Reset;
 use crate::connect::TransactionStatus;
 use crate::error::{DriverError, Error, ServerError};
@@ -170,6 +170,13 @@ impl Connection {
         turn.finish();
         self.link.changed();
         result.map_err(|e| self.explain(e))
+    }
+
+    /// After a COPY that failed: makes sure that the driver still knows which answer is whose, or ends the connection.
+    pub(super) async fn check_step(&self) {
+        if let Err(reason) = link::fence(&self.client).await {
+            self.link.poison(reason);
+        }
     }
 
     /// The driver's error in this crate's terms.
@@ -341,19 +348,20 @@ impl Connection {
         match timeout(link.config.cleanup_timeout, self.restore()).await {
             Ok(Ok(())) if link.wire.status() == TransactionStatus::Idle => Ok(()),
             Ok(Ok(())) => Err("it stayed in a transaction after ROLLBACK"),
-            Ok(Err(_)) => Err("it could not be reset"),
+            Ok(Err(reason)) => Err(reason),
             Err(_) => Err(STALLED),
         }
     }
 
-    async fn restore(&self) -> Result<(), tokio_postgres::Error> {
+    async fn restore(&self) -> Result<(), &'static str> {
         let link = &self.link;
         if link.flow().lent {
             link.quiesce(&self.client).await?;
         }
         link.roll_back(&self.client).await?;
         if self.wants_reset() {
-            reset::reset(&self.client, self.watches_client).await?;
+            let done = reset::reset(&self.client, self.watches_client).await;
+            done.map_err(|_| "it could not be reset")?;
         }
         link.dirty.store(false, Relaxed);
         link.flow().lent = false;

@@ -1,0 +1,106 @@
+//! Which room of the house may look into which: the table, and the proof that it is looked at.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+/// Each room with the rooms it may import, leaves first. A room may import only rooms above it here.
+const HOUSE: &[(&str, &[&str])] = &[
+    ("status", &[]),
+    ("observe", &[]),
+    ("retry", &[]),
+    ("statements", &[]),
+    ("error", &["retry", "status"]),
+    ("options", &["error", "retry"]),
+    ("config", &["error", "options"]),
+    ("connect", &["config", "error"]),
+    ("connection", &["config", "connect", "error", "observe", "options", "retry", "statements"]),
+    ("transaction", &["connect", "connection", "error", "observe", "options", "retry"]),
+    ("session", &["connection", "error", "observe", "options", "transaction"]),
+    ("executor", &["connection", "error", "session", "statements", "transaction"]),
+    ("maintenance", &["config", "connection"]),
+    (
+        "manager",
+        &[
+            "config",
+            "connection",
+            "error",
+            "maintenance",
+            "observe",
+            "options",
+            "session",
+            "status",
+            "transaction",
+        ],
+    ),
+    ("testing", &[]),
+];
+
+/// The rooms that a file's code names; documentation may link wherever it likes.
+fn imports(source: &str) -> BTreeSet<String> {
+    let code: String =
+        source.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+    let code = code.split("#[cfg(test)]").next().unwrap_or_default();
+    code.split("crate::")
+        .skip(1)
+        .map(|rest| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect())
+        .collect()
+}
+
+fn complaints(room: &str, source: &str, allowed: &[&str]) -> Vec<String> {
+    imports(source)
+        .into_iter()
+        .filter(|other| other != room && !allowed.contains(&other.as_str()))
+        .map(|other| format!("{room} imports {other}"))
+        .collect()
+}
+
+fn sources(room: &str) -> Vec<String> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let file = src.join(format!("{room}.rs"));
+    if file.exists() {
+        return vec![fs::read_to_string(file).unwrap()];
+    }
+    let files = fs::read_dir(src.join(room)).unwrap();
+    files.map(|entry| fs::read_to_string(entry.unwrap().path()).unwrap()).collect()
+}
+
+#[test]
+fn imports_go_one_way() {
+    for (i, (room, allowed)) in HOUSE.iter().enumerate() {
+        for other in *allowed {
+            assert!(HOUSE[..i].iter().any(|(above, _)| above == other), "{room} looks up to {other}");
+        }
+        for source in sources(room) {
+            assert_eq!(complaints(room, &source, allowed), Vec::<String>::new());
+            assert!(source.starts_with("//! "), "{room} does not say what it owns");
+        }
+    }
+}
+
+#[test]
+fn every_room_is_in_the_table() {
+    let lib = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
+    let rooms: BTreeSet<_> = lib
+        .lines()
+        .filter_map(|line| line.trim_start_matches("pub ").strip_prefix("mod ")?.strip_suffix(';'))
+        .collect();
+    assert_eq!(rooms, HOUSE.iter().map(|(room, _)| *room).collect());
+}
+
+#[test]
+fn a_wrong_import_is_noticed() {
+    let source = "//! A session.\nuse crate::manager::SessionManager;\n/// See [`crate::executor`].\nuse crate::error::Error;\n";
+    assert_eq!(complaints("session", source, &["error"]), ["session imports manager"]);
+}
+
+#[test]
+fn the_core_names_no_framework_and_no_protocol_above_it() {
+    for (room, _) in HOUSE {
+        for source in sources(room) {
+            for word in ["axum", "actix", "hyper", "http::"] {
+                assert!(!source.contains(word), "{room} names {word}");
+            }
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! The statement cache: bounded, closed on the server, and healed when the schema changes under it.
+#![cfg(feature = "testing")]
+
+mod common;
+
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+
+use common::{Database, within};
+use pg_session::{Error, Executor, SessionManager};
+
+const PREPARED: &str = "SELECT count(*) FROM pg_prepared_statements WHERE NOT from_sql";
+
+#[tokio::test]
+async fn a_text_is_prepared_once() {
+    let db = Database::new().await;
+    let session = db.sessions().acquire().await.unwrap();
+    for n in 0..5i32 {
+        let row = session.query_one("SELECT $1::int + 1", &[&n]).await.unwrap();
+        assert_eq!(row.get::<_, i32>(0), n + 1);
+    }
+    assert_eq!(session.cached_statements(), 1);
+    let sql = "SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE 'SELECT $1%'";
+    assert_eq!(session.query_one(sql, &[]).await.unwrap().get::<_, i64>(0), 1);
+}
+
+#[tokio::test]
+async fn the_least_recently_used_is_closed_on_the_server() {
+    let db = Database::new().await;
+    let sessions = SessionManager::new(db.config().statement_cache_capacity(5)).unwrap();
+    let session = sessions.acquire().await.unwrap();
+    session.query_one(PREPARED, &[]).await.unwrap();
+    for n in 0..50 {
+        session.query_one(PREPARED, &[]).await.unwrap(); // used all the time, so it stays
+        session.query(&format!("SELECT {n}"), &[]).await.unwrap();
+    }
+    assert_eq!(session.cached_statements(), 5);
+    assert_eq!(session.query_one(PREPARED, &[]).await.unwrap().get::<_, i64>(0), 5);
+}
+
+#[tokio::test]
+async fn a_failed_statement_is_not_kept() {
+    let db = Database::new().await;
+    let session = db.sessions().acquire().await.unwrap();
+    for _ in 0..3 {
+        let error = session.query("SELECT * FROM not_there_yet", &[]).await.unwrap_err();
+        assert_eq!(error.code().unwrap().code(), "42P01");
+    }
+    assert_eq!(session.cached_statements(), 0);
+    db.run("CREATE TABLE not_there_yet (a int)").await;
+    session.query("SELECT * FROM not_there_yet", &[]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_change_of_schema_is_healed_outside_a_transaction() {
+    let db = Database::new().await;
+    db.run("CREATE TABLE t (a int); INSERT INTO t VALUES (1)").await;
+    let session = db.sessions().acquire().await.unwrap();
+    assert_eq!(session.query_one("SELECT * FROM t", &[]).await.unwrap().len(), 1);
+    db.run("ALTER TABLE t ADD COLUMN b int").await;
+    assert_eq!(session.query_one("SELECT * FROM t", &[]).await.unwrap().len(), 2);
+    db.run("ALTER TABLE t ADD COLUMN c int").await;
+    let mut rows = session.query_stream("SELECT * FROM t", &[]).await.unwrap();
+    // The stream had begun before the server could say so: the error comes out of it, and the next one heals.
+    let first = rows.next().await.unwrap();
+    drop(rows);
+    if let Err(e) = first {
+        assert_eq!(e.code().unwrap().code(), "0A000");
+    }
+    assert_eq!(session.query_one("SELECT * FROM t", &[]).await.unwrap().len(), 3);
+}
+
+#[tokio::test]
+async fn a_change_of_schema_inside_a_transaction_is_healed_by_running_it_again() {
+    let db = Database::new().await;
+    db.run("CREATE TABLE t (a int); INSERT INTO t VALUES (1)").await;
+    let mut session = db.sessions().acquire().await.unwrap();
+    session.query_one("SELECT * FROM t", &[]).await.unwrap();
+    db.run("ALTER TABLE t ADD COLUMN b int").await;
+    let runs = AtomicU32::new(0);
+    let columns = session
+        .transaction(async |tx| {
+            runs.fetch_add(1, SeqCst);
+            Ok::<_, Error>(tx.query_one("SELECT * FROM t", &[]).await?.len())
+        })
+        .await
+        .unwrap();
+    assert_eq!((columns, runs.load(SeqCst)), (2, 2));
+}
+
+#[tokio::test]
+async fn statements_that_were_deallocated_are_prepared_again() {
+    let db = Database::new().await;
+    let mut session = db.sessions().acquire().await.unwrap();
+    for sql in ["DEALLOCATE ALL", "DISCARD ALL"] {
+        session.query_one("SELECT 1", &[]).await.unwrap();
+        session.batch_execute(sql).await.unwrap();
+        session.query_one("SELECT 1", &[]).await.unwrap();
+        session.query_one("SELECT 1", &[]).await.unwrap();
+        if sql == "DEALLOCATE ALL" {
+            session.batch_execute(sql).await.unwrap();
+            session.transaction(async |tx| tx.query_one("SELECT 1", &[]).await).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_statement_that_stays_stale_is_tried_once_more_and_no_more() {
+    let db = Database::new().await;
+    let session = db.sessions().acquire().await.unwrap();
+    let error = within(session.execute("EXECUTE no_such_statement", &[])).await.unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "26000");
+    session.execute("SELECT 1", &[]).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_enum_that_is_made_anew_is_seen() {
+    let db = Database::new().await;
+    db.run("CREATE TYPE mood AS ENUM ('good'); CREATE TABLE t (m mood); INSERT INTO t VALUES ('good')").await;
+    let session = db.sessions().acquire().await.unwrap();
+    session.query_one("SELECT m FROM t", &[]).await.unwrap();
+    db.run("DROP TABLE t; DROP TYPE mood; CREATE TYPE mood AS ENUM ('bad'); CREATE TABLE t (m mood); INSERT INTO t VALUES ('bad')").await;
+    let row = session.query_one("SELECT m FROM t", &[]).await.unwrap();
+    assert_eq!(row.columns()[0].type_().name(), "mood");
+}
+
+#[tokio::test]
+async fn prepared_statements_can_be_used_where_text_can() {
+    let db = Database::new().await;
+    let mut session = db.sessions().acquire().await.unwrap();
+    let statement = session.prepare("SELECT $1::int").await.unwrap();
+    assert_eq!(session.query_one(&statement, &[&7]).await.unwrap().get::<_, i32>(0), 7);
+    let text = String::from("SELECT $1::int");
+    session.query_one(&text, &[&7]).await.unwrap();
+    let inside = session.transaction(async |tx| tx.query_one(&statement, &[&8]).await).await.unwrap();
+    assert_eq!(inside.get::<_, i32>(0), 8);
+}
+
+#[tokio::test]
+async fn abandoned_preparations_do_not_pile_up_on_the_server() {
+    let db = Database::new().await;
+    let sessions = db.single();
+    let first = sessions.acquire().await.unwrap().process_id();
+    for n in 0..100 {
+        let session = within(sessions.acquire()).await.unwrap();
+        assert!(common::polls(session.prepare(&format!("SELECT {n}")), 1).await.is_none());
+        drop(session);
+        let session = within(sessions.acquire()).await.unwrap();
+        let prepared: i64 = session.query_one(PREPARED, &[]).await.unwrap().get(0);
+        assert!(prepared <= 22, "{prepared}");
+    }
+    assert_ne!(sessions.acquire().await.unwrap().process_id(), first);
+}
+
+#[tokio::test]
+async fn functions_may_be_generic_over_what_they_run_on() {
+    async fn one(db: impl Executor) -> Result<i32, Error> {
+        Ok(db.query_one("SELECT 1", &[]).await?.get(0))
+    }
+    async fn two(db: &impl Executor) -> Result<i32, Error> {
+        db.execute("SELECT 2", &[]).await?;
+        db.batch_execute("SELECT 2").await?;
+        assert_eq!(db.query("SELECT 2", &[]).await?.len(), 1);
+        let mut rows = db.query_stream("SELECT 2", &[]).await?;
+        let row = rows.next().await.unwrap()?;
+        assert!(rows.next().await.is_none());
+        drop(rows);
+        assert!(db.query_opt("SELECT 2 WHERE false", &[]).await?.is_none());
+        Ok(row.get(0))
+    }
+    let db = Database::new().await;
+    let mut session = db.sessions().acquire().await.unwrap();
+    assert_eq!(one(&session).await.unwrap() + two(&session).await.unwrap(), 3);
+    let sum = session
+        .transaction(async |tx| {
+            let sum = one(&*tx).await? + two(tx).await?;
+            tx.savepoint(async |sp| Ok::<_, Error>(sum + one(&*sp).await? + two(sp).await?)).await
+        })
+        .await
+        .unwrap();
+    assert_eq!(sum, 6);
+}
