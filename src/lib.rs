@@ -1,6 +1,7 @@
 //! PostgreSQL sessions and transactions for async Rust: honest commits, clean sessions, safe retries, few round trips.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
+#![warn(clippy::unwrap_used)]
 
 mod config;
 mod connect;

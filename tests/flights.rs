@@ -172,7 +172,7 @@ async fn a_retry_takes_none() {
     let options =
         TransactionOptions::new().retry(RetryPolicy::default().base_delay(std::time::Duration::ZERO));
     let mut session = sessions.acquire().await.unwrap();
-    warm(&mut session, &[options.clone()]).await;
+    warm(&mut session, std::slice::from_ref(&options)).await;
     let fail = "SELECT pg_session_fail($1)";
     _db.run(
         "CREATE FUNCTION pg_session_fail(fail bool) RETURNS void LANGUAGE plpgsql AS

@@ -22,7 +22,7 @@ struct Opaque;
 
 impl From<Error> for Opaque {
     fn from(_: Error) -> Self {
-        Opaque
+        Self
     }
 }
 

@@ -105,7 +105,7 @@ struct Own;
 
 impl From<Error> for Own {
     fn from(_: Error) -> Self {
-        Own
+        Self
     }
 }
 

@@ -29,7 +29,7 @@ async fn ok_commits_and_err_rolls_back() {
     }
     impl From<Error> for Own {
         fn from(e: Error) -> Self {
-            Own::Theirs(e)
+            Self::Theirs(e)
         }
     }
     let failed = session
@@ -305,7 +305,7 @@ struct Own(String);
 
 impl From<Error> for Own {
     fn from(e: Error) -> Self {
-        Own(e.to_string())
+        Self(e.to_string())
     }
 }
 

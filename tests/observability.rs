@@ -1,0 +1,119 @@
+//! The names of spans, fields and events are API; and nothing secret is in any of them.
+#![cfg(feature = "testing")]
+
+mod common;
+
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use common::Database;
+use pg_session::{Error, RetryPolicy, SessionManager, TransactionOptions};
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Subscriber};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+
+/// Everything that was emitted, a line each.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<String>>>);
+
+struct Line(String);
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        self.0.push_str(&format!(" {}={value:?}", field.name()));
+    }
+}
+
+impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Log {
+    fn on_new_span(&self, attributes: &Attributes<'_>, _: &Id, _: Context<'_, S>) {
+        let mut line = Line(format!("span {}", attributes.metadata().name()));
+        attributes.record(&mut line);
+        self.0.lock().unwrap().push(line.0);
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
+        let mut line = Line(format!("record {}", context.span(id).unwrap().name()));
+        values.record(&mut line);
+        self.0.lock().unwrap().push(line.0);
+    }
+
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let mut line = Line(format!("event {} {}", event.metadata().target(), event.metadata().level()));
+        event.record(&mut line);
+        self.0.lock().unwrap().push(line.0);
+    }
+}
+
+impl Log {
+    fn lines(&self) -> Vec<String> {
+        self.0.lock().unwrap().clone()
+    }
+
+    fn has(&self, parts: &[&str]) -> bool {
+        self.lines().iter().any(|line| parts.iter().all(|part| line.contains(part)))
+    }
+}
+
+#[tokio::test]
+async fn transactions_and_acquires_have_spans_with_stable_names() {
+    let log = Log::default();
+    let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(log.clone()));
+    let db = Database::new().await;
+    let config = db.config().max_size(1).acquire_timeout(Duration::from_millis(20));
+    let sessions = SessionManager::new(config).unwrap();
+    let secret = "hunter2";
+    let options = TransactionOptions::serializable()
+        .name("pay")
+        .local_setting("app.token", secret)
+        .retry(RetryPolicy::default().base_delay(Duration::ZERO));
+    sessions
+        .transaction_with(options.clone(), async |tx| {
+            tx.query_one("SELECT $1::text", &[&secret]).await?;
+            if tx.attempt() == 1 {
+                tx.batch_execute("DO $$ BEGIN RAISE SQLSTATE '40001' USING MESSAGE = 'hunter2'; END $$")
+                    .await?;
+            }
+            Ok::<_, Error>(())
+        })
+        .await
+        .unwrap();
+    assert!(log.has(&["span pg_session.transaction", "name=\"pay\"", "isolation_level=\"SERIALIZABLE\""]));
+    assert!(log.has(&["record pg_session.transaction", "attempts=2"]), "{:#?}", log.lines());
+    assert!(log.has(&["record pg_session.transaction", "outcome=\"committed\""]));
+    assert!(log.has(&["event pg_session DEBUG", "attempt=1", "sqlstate=\"40001\"", "delay_ms=0"]));
+    let failed: Result<(), Error> = sessions
+        .transaction_with(options, async |tx| Err(tx.execute("SELECT 1/0", &[]).await.unwrap_err()))
+        .await;
+    failed.unwrap_err();
+    assert!(log.has(&["record pg_session.transaction", "outcome=\"rolled_back\""]));
+    let session = sessions.acquire().await.unwrap();
+    assert!(log.has(&["span pg_session.acquire"]));
+    sessions.acquire().await.unwrap_err();
+    assert!(log.has(&["event pg_session WARN", "no session could be lent", "max_size 1"]));
+    session.batch_execute("SET app.token = 'hunter2'").await.unwrap();
+    drop(session);
+    common::until_returned(&sessions).await;
+    assert!(log.has(&["event pg_session DEBUG", "being repaired"]));
+    for line in log.lines() {
+        assert!(!line.contains(secret), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn debug_output_shows_no_secret() {
+    // Without one of its own, this thread could register the call sites as uninteresting to all.
+    let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(Log::default()));
+    let db = Database::new().await;
+    let config = db.config().password("hunter2");
+    let sessions = SessionManager::new(config).unwrap();
+    let mut session = sessions.acquire().await.unwrap();
+    session.query_one("SELECT $1::text, 'hunter2'", &[&"hunter2"]).await.unwrap();
+    for text in [format!("{sessions:?}"), format!("{session:?}"), format!("{:?}", sessions.config())] {
+        assert!(!text.contains("hunter2"), "{text}");
+    }
+    let tx = session.begin().await.unwrap();
+    assert!(!format!("{tx:?}").contains("hunter2"));
+}
