@@ -1,4 +1,78 @@
 //! PostgreSQL sessions and transactions for async Rust: honest commits, clean sessions, safe retries, few round trips.
+//!
+//! A [`SessionManager`] owns a pool of connections and lends them as [`Session`]s. A unit of work is an async closure
+//! run by [`Session::transaction`]: committed on `Ok`, rolled back on `Err`, run again after a serialization failure or
+//! deadlock.
+//!
+//! ```no_run
+//! use pg_session::{Error, SessionManager};
+//!
+//! # async fn f() -> Result<(), Error> {
+//! let sessions = SessionManager::from_env()?; // DATABASE_URL or PG*; opens nothing yet
+//! let mut session = sessions.acquire().await?; // dropping it gives it back
+//!
+//! let row = session.query_one("SELECT name FROM users WHERE id = $1", &[&7i64]).await?;
+//! let name: String = row.get(0);
+//!
+//! let (from, to, cents) = (1i64, 2i64, 500i64);
+//! session
+//!     .transaction(async |tx| {
+//!         tx.execute("UPDATE accounts SET cents = cents - $2 WHERE id = $1", &[&from, &cents]).await?;
+//!         tx.execute("UPDATE accounts SET cents = cents + $2 WHERE id = $1", &[&to, &cents]).await?;
+//!         Ok::<_, Error>(())
+//!     })
+//!     .await?;
+//! # Ok(()) }
+//! ```
+//!
+//! | you want | use |
+//! |---|---|
+//! | a pool from `DATABASE_URL` | [`SessionManager::from_env`] |
+//! | settings of your own | [`SessionConfig`], [`SessionManager::new`] |
+//! | a session for a while | [`SessionManager::acquire`] |
+//! | rows, one row, perhaps a row, a count | [`query`](Connection::query), [`query_one`](Connection::query_one), [`query_opt`](Connection::query_opt), [`execute`](Connection::execute) |
+//! | rows as they come | [`query_stream`](Connection::query_stream) |
+//! | COPY | [`copy_in`](Connection::copy_in), [`copy_out`](Connection::copy_out) |
+//! | a unit of work | [`Session::transaction`], [`SessionManager::transaction`] |
+//! | an isolation level, read-only, settings for row-level security, a deadline | [`TransactionOptions`] with [`transaction_with`](Session::transaction_with) |
+//! | part of it undone | [`Transaction::savepoint`] |
+//! | something done once it is committed | [`Transaction::on_commit`] |
+//! | BEGIN and COMMIT by hand | [`Session::begin`] |
+//! | other retries, or none | [`RetryPolicy`], [`RetryClass`] |
+//! | to know what failed | [`Error`] and its questions, such as [`is_unique_violation`](Error::is_unique_violation) |
+//! | a function that takes a session or a transaction | `&`[`Connection`], or [`Executor`] |
+//! | the driver's client | [`Session::client`] |
+//! | numbers, an end in good order | [`SessionManager::status`], [`SessionManager::close`] |
+//! | a server for tests | `testing::PgServer` and `testing::TestDatabase` (feature `testing`) |
+//!
+//! # What it does not do
+//!
+//! It builds no SQL, maps no objects and runs no migrations. It cannot do TLS yet, and refuses `sslmode=require` and
+//! stronger rather than connect without. It does not resolve an [unknown commit](Error::CommitUnknown) by itself. It
+//! keeps no statement for a pooler in transaction mode that cannot: connect to PostgreSQL, or to such a pooler in
+//! session mode.
+//!
+//! # Features
+//!
+//! | feature | what it adds | extra dependencies | default |
+//! |---|---|---|---|
+//! | `testing` | a throw-away PostgreSQL server, and a database for each test (Unix) | `tempfile` | no |
+//!
+//! # Versions
+//!
+//! PostgreSQL 14 to 18. Rust 1.85 or later. The driver is [`tokio_postgres`], re-exported; its `with-…` features for
+//! types such as `uuid` or `chrono` are chosen by depending on it.
+//!
+//! # Logging
+//!
+//! Spans and events go to `tracing` under the target `pg_session`, without SQL and without parameters:
+//!
+//! | span | level | fields |
+//! |---|---|---|
+//! | `pg_session.acquire` | debug | – |
+//! | `pg_session.transaction` | info | `name`, `isolation_level`, `attempts`, `outcome` (`committed`, `rolled_back`, `unknown`) |
+//!
+//! The driver itself logs SQL *and parameters* through the `log` crate at level debug: keep `tokio_postgres` at info.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(clippy::unwrap_used)]
@@ -37,3 +111,8 @@ pub use transaction::Transaction;
 #[cfg(all(feature = "testing", unix))]
 #[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
 pub mod testing;
+
+/// Compiles the README's example.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
