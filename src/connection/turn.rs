@@ -195,10 +195,19 @@ impl Connection {
         }
         if *server.code() == SqlState::IN_FAILED_SQL_TRANSACTION {
             if let Some(first) = link.wire.first_error(0) {
-                return Error::Aborted(Box::new(ServerError::clone(&first)));
+                return self.broken_by(&first);
             }
         }
         Error::Database(DriverError(error))
+    }
+
+    /// The error of a transaction that `first` broke.
+    pub(crate) fn broken_by(&self, first: &ServerError) -> Error {
+        if first.is_fatal() {
+            self.link.lost("the server ended the session")
+        } else {
+            Error::Aborted(Box::new(first.clone()))
+        }
     }
 
     /// Starts a transaction: nothing is sent yet. `again` ends the attempt before it in the same message.

@@ -25,10 +25,7 @@ impl Transaction<'_> {
         }
         // The server would answer COMMIT with ROLLBACK: the first error says why.
         if let Some(first) = wire.first_error(0) {
-            return Err(match first.is_fatal() {
-                true => link.lost("the server ended the session before COMMIT was sent"),
-                false => Error::Aborted(Box::new(ServerError::clone(&first))),
-            });
+            return Err(connection.broken_by(&first));
         }
         let Role::Outermost { begins, commits } = self.role else { return Err(self.ended()) };
         let begun = wire.begins().wrapping_sub(begins);
@@ -56,7 +53,7 @@ impl Transaction<'_> {
                     (0, 1) => match wire.first_error(0) {
                         Some(first) => {
                             connection.end_transaction();
-                            Err(Error::Aborted(Box::new(ServerError::clone(&first))))
+                            Err(connection.broken_by(&first))
                         }
                         None => Err(self.ended()),
                     },

@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::task::Poll;
 
 use crate::connection::Connection;
-use crate::error::{Error, ServerError};
+use crate::error::Error;
 use crate::observe;
 use crate::options::TransactionOptions;
 
@@ -158,7 +158,7 @@ impl<'a> Transaction<'a> {
             }
             (Ok(_), Some(first)) => {
                 inner.undo();
-                Err(Error::Aborted(Box::new(ServerError::clone(&first))).into())
+                Err(connection.broken_by(&first).into())
             }
             (Err(e), _) => {
                 inner.undo();

@@ -185,7 +185,7 @@ async fn why(tx: &Transaction<'_>) -> (Option<RetryClass>, Option<Error>) {
     let settled = connection.link.settled().await;
     let wire = connection.wire();
     if let Some(first) = wire.first_error(0).or_else(|| wire.cured_error()) {
-        return (class_of(&first), Some(Error::Aborted(Box::new(ServerError::clone(&first)))));
+        return (class_of(&first), Some(connection.broken_by(&first)));
     }
     let lost = settled
         .err()
