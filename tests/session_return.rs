@@ -253,6 +253,34 @@ async fn without_a_runtime_a_dirty_session_is_closed() {
 }
 
 #[tokio::test]
+async fn a_statement_dropped_after_its_runtime_breaks_the_connection_and_nothing_else() {
+    let db = Database::new().await;
+    for begin in [false, true] {
+        let sessions = db.single();
+        let ended = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let session = Box::leak(Box::new(runtime.block_on(sessions.acquire()).unwrap()));
+            let mut work: std::pin::Pin<Box<dyn Future<Output = ()>>> = Box::pin(async move {
+                if begin {
+                    let tx = session.begin().await.unwrap();
+                    let _ = tx.execute("SELECT pg_sleep(600)", &[]).await;
+                } else {
+                    let _ = session.execute("SELECT pg_sleep(600)", &[]).await;
+                }
+            });
+            runtime.block_on(std::future::poll_fn(|cx| {
+                assert!(work.as_mut().poll(cx).is_pending());
+                std::task::Poll::Ready(())
+            }));
+            drop(runtime);
+            drop(work);
+        });
+        within(tokio::task::spawn_blocking(move || ended.join().unwrap())).await.unwrap();
+    }
+    db.until_quiet().await;
+}
+
+#[tokio::test]
 async fn the_reset_policy_is_obeyed() {
     let db = Database::new().await;
     // Hidden in a function, where no text tells.

@@ -88,6 +88,36 @@ async fn a_change_of_schema_inside_a_transaction_is_healed_by_running_it_again()
 }
 
 #[tokio::test]
+async fn a_stale_statement_whose_failure_nobody_read_is_healed_too() {
+    let db = Database::new().await;
+    db.run("CREATE TABLE t (a int); INSERT INTO t VALUES (1)").await;
+    let mut session = db.sessions().acquire().await.unwrap();
+    session.query_one("SELECT * FROM t", &[]).await.unwrap();
+    session.query_one("SELECT 1", &[]).await.unwrap();
+    db.run("ALTER TABLE t ADD COLUMN b int").await;
+    let runs = AtomicU32::new(0);
+    session
+        .transaction(async |tx| {
+            runs.fetch_add(1, SeqCst);
+            let mut unread = Box::pin(tx.query_one("SELECT * FROM t", &[]));
+            std::future::poll_fn(|cx| {
+                assert!(unread.as_mut().poll(cx).is_pending());
+                std::task::Poll::Ready(())
+            })
+            .await;
+            let other = tx.query_one("SELECT 1", &[]).await;
+            if other.is_ok() {
+                return unread.await;
+            }
+            drop(unread);
+            other
+        })
+        .await
+        .unwrap();
+    assert_eq!(runs.load(SeqCst), 2);
+}
+
+#[tokio::test]
 async fn statements_that_were_deallocated_are_prepared_again() {
     let db = Database::new().await;
     let mut session = db.sessions().acquire().await.unwrap();

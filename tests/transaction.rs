@@ -3,10 +3,12 @@
 
 mod common;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use common::{Database, within};
+use futures_util::FutureExt;
 use pg_session::{Error, IsolationLevel, RetryPolicy, TransactionOptions};
 
 #[tokio::test]
@@ -81,6 +83,25 @@ async fn a_statement_after_a_failed_one_names_the_first_cause() {
         })
         .await
         .unwrap_err();
+}
+
+#[tokio::test]
+async fn an_error_that_only_the_answer_to_commit_shows_is_seen() {
+    let db = Database::new().await;
+    let mut session = db.sessions().acquire().await.unwrap();
+    // So that BEGIN is not awaited, and nothing but COMMIT is.
+    session.transaction(async |tx| tx.query("SELECT $1::int", &[&1]).await).await.unwrap();
+    let options = TransactionOptions::new().local_setting("no_such_setting", "1");
+    let result = session
+        .transaction_with(options, async |tx| {
+            let never_sent = tx.query("SELECT $1::int", &[&"text"]).await.unwrap_err();
+            assert!(never_sent.code().is_none());
+            Ok::<_, Error>(())
+        })
+        .await;
+    let error = result.unwrap_err();
+    assert!(matches!(error, Error::Aborted(_)), "{error:?}");
+    assert_eq!(error.code().unwrap().code(), "42704");
 }
 
 #[tokio::test]
@@ -279,6 +300,10 @@ async fn a_panic_in_a_parameter_closes_the_connection() {
     let next = within(sessions.acquire()).await.unwrap();
     assert_ne!(next.process_id(), pid);
     next.execute("SELECT 1", &[]).await.unwrap();
+    // Caught on the way, it leaves a session behind that nobody can use.
+    let caught = AssertUnwindSafe(next.execute("SELECT $1::int", &[&Bomb])).catch_unwind().await;
+    assert!(caught.is_err());
+    assert!(next.execute("SELECT 1", &[]).await.unwrap_err().is_connection_lost());
 }
 
 #[tokio::test]
@@ -364,7 +389,8 @@ async fn hooks_run_once_in_order_after_the_commit_and_only_then() {
         move || async move { log.lock().unwrap().push(what) }
     };
     let sessions = db.sessions();
-    sessions
+    let mut session = sessions.acquire().await.unwrap();
+    session
         .transaction(async |tx| {
             let run = runs.fetch_add(1, SeqCst);
             tx.execute("INSERT INTO t VALUES (1)", &[]).await?;

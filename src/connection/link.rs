@@ -9,6 +9,7 @@
 use std::pin::pin;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use deadpool_postgres::ClientWrapper;
@@ -63,8 +64,12 @@ pub(super) struct Flow {
     pub(super) committing: bool,
     /// A transaction was given up: roll back once drained.
     pub(super) give_up: bool,
-    /// Someone awaits a BEGIN on its own.
-    pub(super) confirming: bool,
+    /// The number of the BEGIN that is being awaited on its own; 0 if none is.
+    pub(super) confirming: u64,
+    /// How many were.
+    pub(super) confirmations: u64,
+    /// What the server said to such a BEGIN, for the next who takes a turn.
+    pub(super) refused: Option<tokio_postgres::Error>,
     /// A row stream or COPY is open; the driver answers nothing else until it is read.
     pub(super) streaming: bool,
     /// The raw client was handed out: what it has under way is unknown.
@@ -83,6 +88,13 @@ pub(super) struct Flow {
     pub(super) cure: Option<usize>,
     /// Something was begun on the server that must be committed or rolled back.
     pub(super) begun: bool,
+}
+
+impl Flow {
+    /// Whether requests may be made.
+    pub(super) fn is_open(&self) -> bool {
+        !self.settling && self.confirming == 0
+    }
 }
 
 impl Link {
@@ -134,9 +146,9 @@ impl Link {
         }
     }
 
-    /// Waits until nothing is being settled.
+    /// Waits until nothing is being settled or confirmed.
     pub(crate) async fn settled(&self) -> Result<(), Error> {
-        self.until(|flow| !flow.settling).await;
+        self.until(Flow::is_open).await;
         let broken = self.flow().broken;
         broken.map_or(Ok(()), |reason| Err(self.lost(reason)))
     }
@@ -171,10 +183,17 @@ impl Link {
         self.route.cancel(&self.config.postgres, &self.wire).await
     }
 
-    pub(super) fn start_settling(self: &Arc<Self>, flow: &mut Flow, client: &Arc<ClientWrapper>) {
+    /// Starts the settling task, if it is not at work already. The flow is unlocked first: a runtime that was shut down
+    /// drops the task right here.
+    pub(super) fn start_settling(
+        self: &Arc<Self>,
+        mut flow: MutexGuard<'_, Flow>,
+        client: &Arc<ClientWrapper>,
+    ) {
         if flow.broken.is_some() || std::mem::replace(&mut flow.settling, true) {
             return;
         }
+        drop(flow);
         let guard = Settling { link: Arc::clone(self), done: false };
         self.runtime.spawn(settle(guard, Arc::clone(client)));
     }
@@ -206,11 +225,80 @@ impl Link {
         self::fence(client).await
     }
 
+    /// Awaits a BEGIN on its own, the first time its kind is used on this connection: a standby refuses READ WRITE and
+    /// SERIALIZABLE, a pooler may refuse BEGIN, and a statement sent along would then run outside of it.
+    ///
+    /// In a task, so that it goes on even if whoever took the turn is not polled for a while. It is sent right here.
+    pub(super) fn start_confirming(
+        self: &Arc<Self>,
+        mut flow: MutexGuard<'_, Flow>,
+        client: &Arc<ClientWrapper>,
+        sql: String,
+        kind: BeginKind,
+    ) {
+        flow.confirmations += 1;
+        flow.confirming = flow.confirmations;
+        let guard = Confirming { link: Arc::clone(self), number: flow.confirming };
+        let client = Arc::clone(client);
+        let mut begin = Box::pin(async move { (client.batch_execute(&sql).await, client, sql) });
+        let early = begin.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        drop(flow);
+        self.runtime.spawn(async move {
+            let (result, client, sql) = match early {
+                Poll::Ready(answer) => answer,
+                Poll::Pending => begin.await,
+            };
+            if result.is_err() {
+                // The driver answers with the error before it has read ReadyForQuery; the fence waits for that.
+                let _ = client.check_connection().await;
+            }
+            drop(client);
+            guard.conclude(result, sql, kind);
+        });
+    }
+
     pub(super) async fn roll_back(&self, client: &Client) -> Result<(), &'static str> {
         if self.wire.status() == TransactionStatus::Idle {
             return Ok(());
         }
         client.batch_execute("ROLLBACK").await.map_err(|_| "ROLLBACK failed")
+    }
+}
+
+/// The confirming task's hold on the link; breaks the connection if dropped before its end, as [`Settling`] does.
+struct Confirming {
+    link: Arc<Link>,
+    number: u64,
+}
+
+impl Confirming {
+    fn conclude(self, result: Result<(), tokio_postgres::Error>, sql: String, kind: BeginKind) {
+        let mut flow = self.link.flow();
+        if result.is_ok() {
+            flow.confirmed |= kind.bit();
+        }
+        if flow.confirming == self.number {
+            flow.confirming = 0;
+            if let Err(e) = result {
+                // The next statement has to fail as well, and never to run outside.
+                flow.pending = sql;
+                flow.begin = Some(kind);
+                flow.begun = self.link.wire.status() != TransactionStatus::Idle;
+                flow.refused = Some(e);
+            }
+        }
+    }
+}
+
+impl Drop for Confirming {
+    fn drop(&mut self) {
+        let mut flow = self.link.flow();
+        if flow.confirming == self.number {
+            flow.confirming = 0;
+            flow.broken.get_or_insert(STOPPED);
+        }
+        drop(flow);
+        self.link.changed();
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use tokio_postgres::Client;
 use tokio_postgres::error::{Severity, SqlState};
 
-use super::link::{PANICKED, STALLED};
+use super::link::{Flow, PANICKED, STALLED};
 use super::{Connection, link, reset};
 use crate::config::Reset;
 use crate::connect::TransactionStatus;
@@ -68,24 +68,17 @@ impl Drop for Turn<'_> {
         let mut flow = link.flow();
         flow.live -= 1;
         flow.abandoned = true;
-        flow.confirming = false;
         flow.streaming &= !self.streaming;
         flow.leaked_statements += u32::from(self.preparing);
         if std::thread::panicking() {
             // A panic in a parameter's `ToSql` leaves half a message in the driver's buffer.
             flow.broken.get_or_insert(PANICKED);
+            drop(flow);
         } else {
-            link.start_settling(&mut flow, &self.connection.client);
+            link.start_settling(flow, &self.connection.client);
         }
-        drop(flow);
         link.changed();
     }
-}
-
-enum Entry {
-    Go,
-    Wait,
-    Confirm(String, BeginKind),
 }
 
 /// What becomes of a connection when its session ends.
@@ -104,34 +97,36 @@ impl Connection {
     /// Takes a turn: waits until the connection is settled, and hands the driver whatever is pending, so that it
     /// travels with the request that follows.
     pub(crate) async fn turn(&self) -> Result<Turn<'_>, Error> {
-        loop {
-            match self.enter()? {
-                Entry::Go => return Ok(self.new_turn()),
-                Entry::Wait => self.link.until(|flow| !flow.settling && !flow.confirming).await,
-                Entry::Confirm(sql, kind) => self.confirm(sql, kind).await?,
-            }
+        while !self.enter()? {
+            self.link.until(Flow::is_open).await;
         }
+        Ok(self.new_turn())
     }
 
-    fn enter(&self) -> Result<Entry, Error> {
+    /// Takes the turn, if it can be had now.
+    fn enter(&self) -> Result<bool, Error> {
         let mut flow = self.link.flow();
         if let Some(reason) = flow.broken {
             drop(flow);
             return Err(self.link.lost(reason));
         }
-        if flow.settling || flow.confirming {
-            return Ok(Entry::Wait);
+        if !flow.is_open() {
+            return Ok(false);
         }
         if flow.streaming {
             return Err(Error::StreamOpen);
+        }
+        if let Some(refused) = flow.refused.take() {
+            drop(flow);
+            return Err(self.explain(refused));
         }
         if !flow.pending.is_empty() {
             let begin = flow.begin.take();
             flow.begun |= begin.is_some();
             if let Some(kind) = begin.filter(|kind| flow.confirmed & kind.bit() == 0) {
-                flow.confirming = true;
-                flow.live += 1;
-                return Ok(Entry::Confirm(std::mem::take(&mut flow.pending), kind));
+                let sql = std::mem::take(&mut flow.pending);
+                self.link.start_confirming(flow, &self.client, sql, kind);
+                return Ok(false);
             }
             // Under the lock, so that no other request can reach the driver in between.
             let result = enqueue(&self.client, &flow.pending);
@@ -142,34 +137,7 @@ impl Connection {
             }
         }
         flow.live += 1;
-        Ok(Entry::Go)
-    }
-
-    /// Awaits a BEGIN on its own, the first time its kind is used on this connection: a standby refuses READ WRITE
-    /// and SERIALIZABLE, a pooler may refuse BEGIN, and a statement sent along would then run outside of it.
-    async fn confirm(&self, sql: String, kind: BeginKind) -> Result<(), Error> {
-        let turn = self.new_turn();
-        let result = self.client.batch_execute(&sql).await;
-        if result.is_err() {
-            // The driver answers with the error before it has read ReadyForQuery; the fence waits for that.
-            let _ = self.client.check_connection().await;
-        }
-        {
-            let mut flow = self.link.flow();
-            match &result {
-                Ok(()) => flow.confirmed |= kind.bit(),
-                // The next statement has to fail as well, and never to run outside.
-                Err(_) => {
-                    flow.pending = sql;
-                    flow.begin = Some(kind);
-                    flow.begun = self.link.wire.status() != TransactionStatus::Idle;
-                }
-            }
-            flow.confirming = false;
-        }
-        turn.finish();
-        self.link.changed();
-        result.map_err(|e| self.explain(e))
+        Ok(true)
     }
 
     /// After a COPY that failed: makes sure that the driver still knows which answer is whose, or ends the connection.
@@ -220,6 +188,7 @@ impl Connection {
             flow.begun = false;
         }
         flow.pending.clear();
+        flow.refused = None;
         if flow.begun {
             flow.pending.push_str("ROLLBACK;");
         }
@@ -292,6 +261,7 @@ impl Connection {
         flow.pending.clear();
         flow.begin = None;
         flow.begun = false;
+        flow.refused = None;
         self.link.wire.stop_recording();
     }
 
@@ -301,13 +271,15 @@ impl Connection {
         flow.pending.clear();
         flow.begin = None;
         flow.cure = None;
+        flow.refused = None;
+        flow.confirming = 0; // the settling task drains it
         self.link.wire.stop_recording();
         if std::mem::take(&mut flow.begun) {
             if std::thread::panicking() {
                 flow.broken.get_or_insert(PANICKED);
             } else {
                 flow.give_up = true;
-                self.link.start_settling(&mut flow, &self.client);
+                self.link.start_settling(flow, &self.client);
             }
         }
     }
@@ -332,7 +304,7 @@ impl Connection {
             return Verdict::Close("its prepared statements were discarded");
         }
         let idle = self.link.wire.status() == TransactionStatus::Idle;
-        if flow.settling || flow.lent || self.wants_reset() || !idle {
+        if !flow.is_open() || flow.lent || self.wants_reset() || !idle {
             Verdict::Repair
         } else {
             Verdict::Clean
@@ -350,7 +322,7 @@ impl Connection {
     /// Brings a returned connection back to the state it had when it was made, within the clean-up timeout.
     pub(crate) async fn repair(&self) -> Result<(), &'static str> {
         let link = &self.link;
-        link.until(|flow| !flow.settling).await;
+        link.until(Flow::is_open).await;
         if let Some(reason) = link.flow().broken {
             return Err(reason);
         }
@@ -382,7 +354,7 @@ impl Connection {
         self.link.poison(reason);
         let busy = {
             let flow = self.link.flow();
-            flow.live > 0 || flow.settling || flow.abandoned || flow.lent
+            flow.live > 0 || !flow.is_open() || flow.abandoned || flow.lent
         };
         if busy {
             let runtime = self.runtime();
