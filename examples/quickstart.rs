@@ -50,7 +50,7 @@ const CREATE_TABLES: &str = "
 const DROP_TABLES: &str = "DROP TABLE pg_session_quickstart_accounts, pg_session_quickstart_transfers";
 
 /// What every account holds at first. Transfers are of up to half of it, so that some are refused.
-const OPENING_CENTS: i64 = 100_00;
+const OPENING_CENTS: i64 = 10_000;
 
 /// What becomes of one transfer that is not made. The database's errors come in through `From`.
 #[derive(Debug, thiserror::Error)]
