@@ -364,9 +364,13 @@ fn print_table(tally: &Tally, elapsed: Duration, before: &Books, after: &Books) 
 /// Everything that is wrong; nothing, if all is well.
 fn audit(args: &Args, tally: &Tally, before: &Books, after: &Books) -> Vec<String> {
     let mut wrong = Vec::new();
-    let lost = before.total_cents - after.total_cents;
-    if lost != 0 || before.total_cents != args.accounts * OPENING_CENTS {
-        wrong.push(format!("{lost} cents are missing"));
+    if before.total_cents != args.accounts * OPENING_CENTS {
+        wrong.push("the accounts did not begin with what they should hold".to_owned());
+    }
+    match after.total_cents - before.total_cents {
+        0 => {}
+        lost @ ..0 => wrong.push(format!("{} cents are lost", -lost)),
+        made => wrong.push(format!("{made} cents came out of nowhere")),
     }
     if after.logged != tally.committed {
         let (rows, committed) = (after.logged.len(), tally.committed.len());
