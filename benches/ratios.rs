@@ -1,7 +1,9 @@
 //! This crate against the bare driver on a machine that is never quiet: contenders take turns in short rounds, so that
 //! whatever else goes on hits all of them alike, and are compared within each round.
 //!
-//! `cargo bench --all-features --bench ratios`; with `--test`, one short round to see that it works.
+//! `taskset -c 1 cargo bench --all-features --bench ratios`; with `--test`, one short round to see that it works. Without
+//! `taskset` (Linux) the system moves client and server between processors, and waking one that sleeps takes longer than
+//! the query: the same operation takes 25 µs in one round and 100 µs in the next.
 
 mod contenders;
 
@@ -21,7 +23,7 @@ const NAMES: [&str; 3] = ["tokio-postgres", "pg-session", "deadpool-postgres"];
 
 fn main() {
     let test = std::env::args().any(|argument| argument == "--test");
-    let plan = if test { Plan { rounds: 1, operations: 10 } } else { Plan { rounds: 15, operations: 2000 } };
+    let plan = if test { Plan { rounds: 1, operations: 10 } } else { Plan { rounds: 31, operations: 1000 } };
     runtime().block_on(async {
         let database = database().await;
         let (deadpool, sessions) = (deadpool(database.url()), sessions(database.url()));

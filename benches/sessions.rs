@@ -1,6 +1,7 @@
 //! What each operation takes: this crate beside the bare driver and deadpool-postgres, in one group each.
 //!
-//! Criterion measures one after the other, so on a noisy machine compare by `benches/ratios.rs` instead.
+//! `taskset -c 1 cargo bench --all-features --bench sessions`; about `taskset`, see `benches/ratios.rs`. Criterion measures
+//! one after the other, so to compare on a machine that is not quiet, use that one too.
 
 mod contenders;
 
