@@ -151,7 +151,8 @@ impl SessionManager {
         };
         let timeouts = Timeouts { wait: Some(limit), create: None, recycle: None };
         // Where both limits are reached at once, the inner one is seen first: so if it is the outer, the wait is over.
-        match timeout(limit, pool.timeout_get(&timeouts)).await {
+        let object = std::pin::pin!(pool.timeout_get(&timeouts));
+        match timeout(limit, object).await {
             Ok(Ok(object)) => {
                 if Object::metrics(&object).recycle_count == 0 {
                     self.inner.maintenance.ensure_running(pool, config);

@@ -39,6 +39,7 @@ impl Session {
         Self { object: Some(object) }
     }
 
+    #[inline]
     fn connection(&self) -> &Connection {
         // Invariant: taken only in `drop`.
         self.object.as_ref().expect("a session has its connection until it is dropped")

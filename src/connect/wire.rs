@@ -141,9 +141,21 @@ impl Wire {
         self.journal().fatal.clone()
     }
 
+    #[inline]
+    fn on_status(&self, body: &[u8]) {
+        self.status.store(body.first().copied().unwrap_or(b'I'), Relaxed);
+    }
+
+    /// Whether a command's tag, with its closing zero, may be one that is counted; told by its length, since most are
+    /// not.
+    #[inline]
+    fn counts(tag: &[u8]) -> bool {
+        matches!(tag.len(), 6 | 7 | 12 | 15 | 18 | 20)
+    }
+
     fn on_frame(&self, tag: u8, body: &[u8]) {
         match tag {
-            b'Z' => self.status.store(body.first().copied().unwrap_or(b'I'), Relaxed),
+            b'Z' => self.on_status(body),
             b'C' => {
                 let counter = match body.split_last().map_or(body, |(_, tag)| tag) {
                     b"BEGIN" | b"START TRANSACTION" => &self.begins,
@@ -223,6 +235,7 @@ struct Frames {
 const BODY_LIMIT: usize = 64 * 1024;
 
 impl Frames {
+    #[inline]
     fn kept(tag: u8) -> bool {
         matches!(tag, b'Z' | b'C' | b'E' | b'K')
     }
@@ -231,13 +244,15 @@ impl Frames {
         while !bytes.is_empty() {
             if self.filled < 5 {
                 // The common case first: the whole frame is here.
-                if self.filled == 0 && bytes.len() >= 5 {
-                    let length = body_length(&bytes[1..5]);
-                    if let Some(body) = bytes.get(5..5 + length) {
-                        if Self::kept(bytes[0]) {
-                            wire.on_frame(bytes[0], body);
+                if let (0, Some((header, rest))) = (self.filled, bytes.split_first_chunk::<5>()) {
+                    if let Some((body, rest)) = rest.split_at_checked(body_length(header)) {
+                        match header[0] {
+                            b'Z' => wire.on_status(body),
+                            b'C' if !Wire::counts(body) => {}
+                            tag if Self::kept(tag) => wire.on_frame(tag, body),
+                            _ => {}
                         }
-                        bytes = &bytes[5 + length..];
+                        bytes = rest;
                         continue;
                     }
                 }
@@ -248,7 +263,7 @@ impl Frames {
                 if self.filled < 5 {
                     return;
                 }
-                self.left = body_length(&self.header[1..]);
+                self.left = body_length(&self.header);
                 self.body.clear();
             }
             let take = bytes.len().min(self.left);
@@ -272,9 +287,9 @@ impl Frames {
     }
 }
 
-fn body_length(bytes: &[u8]) -> usize {
-    let length = bytes.iter().fold(0u32, |n, b| n << 8 | u32::from(*b));
-    length.saturating_sub(4) as usize
+#[inline]
+fn body_length(&[_, a, b, c, d]: &[u8; 5]) -> usize {
+    u32::from_be_bytes([a, b, c, d]).saturating_sub(4) as usize
 }
 
 /// A stream that tells a [`Wire`] what passes.

@@ -125,6 +125,7 @@ impl Link {
         Arc::clone(&self.config)
     }
 
+    #[inline]
     pub(super) fn flow(&self) -> MutexGuard<'_, Flow> {
         // Invariant: nothing panics while it is held, so a poisoned one is still consistent.
         self.flow.lock().unwrap_or_else(PoisonError::into_inner)

@@ -25,7 +25,7 @@ pub(crate) use turn::{Turn, Verdict};
 
 use crate::connect::Wire;
 use crate::error::Error;
-use crate::statements::{Cached, Source, Statements, ToStatement, is_copy};
+use crate::statements::{Source, Statements, ToStatement, is_copy};
 
 /// One server connection on loan: what [`Session`](crate::Session) and [`Transaction`](crate::Transaction) dereference
 /// to, and so the type that a function takes when it does not care which of them it gets.
@@ -71,6 +71,7 @@ impl Connection {
         &self.link.wire
     }
 
+    #[inline]
     fn statements(&self) -> MutexGuard<'_, Statements> {
         // Invariant: the cache does not panic half-way.
         self.statements.lock().unwrap_or_else(PoisonError::into_inner)
@@ -124,31 +125,39 @@ impl Connection {
         }
     }
 
-    /// The statement for `sql`: given, cached, or prepared now.
-    async fn statement<S>(&self, turn: &mut Turn<'_>, sql: &S) -> Result<Cached, tokio_postgres::Error>
+    /// The statement for `sql`, if it is at hand.
+    #[inline]
+    fn at_hand<S>(&self, sql: &S) -> Option<Statement>
     where
         S: ToStatement + ?Sized,
     {
-        let text = match sql.source() {
-            Source::Prepared(statement) => {
-                return Ok(Cached { statement: statement.clone(), leaves_state: false });
-            }
-            Source::Text(text) => text,
-        };
-        let cached = self.statements().get(text);
-        let cached = match cached {
-            Some(cached) => cached,
-            None => {
-                turn.set_preparing(true);
-                let statement = self.client.prepare(text).await?;
-                turn.set_preparing(false);
-                self.statements().insert(text, statement)
-            }
+        let cached = match sql.source() {
+            Source::Prepared(statement) => return Some(statement.clone()),
+            Source::Text(text) => self.statements().get(text)?,
         };
         if cached.leaves_state {
             self.mark_dirty();
         }
-        Ok(cached)
+        Some(cached.statement)
+    }
+
+    /// The statement for `sql`, prepared now.
+    async fn prepare_now<S>(&self, turn: &mut Turn<'_>, sql: &S) -> Result<Statement, tokio_postgres::Error>
+    where
+        S: ToStatement + ?Sized,
+    {
+        let text = match sql.source() {
+            Source::Prepared(statement) => return Ok(statement.clone()),
+            Source::Text(text) => text,
+        };
+        turn.set_preparing(true);
+        let statement = self.client.prepare(text).await?;
+        turn.set_preparing(false);
+        let cached = self.statements().insert(text, statement);
+        if cached.leaves_state {
+            self.mark_dirty();
+        }
+        Ok(cached.statement)
     }
 
     /// Whether a statement failed because it was prepared before the schema changed or the cache was emptied behind
@@ -172,16 +181,23 @@ impl Connection {
 
 /// Runs `$call` with the prepared statement, under a turn; once more with a fresh one if it was stale and no
 /// transaction was aborted by that.
+///
+/// A macro, since `$call` borrows the statement for its future; and what seldom waits is asked before it is awaited,
+/// so that the common case is one future deep.
 macro_rules! with_statement {
     ($self:ident, $sql:ident, |$statement:ident, $turn:ident| $call:expr) => {{
-        let mut $turn = $self.turn().await?;
+        let mut $turn = match $self.turn_now()? {
+            Some(turn) => turn,
+            None => Box::pin($self.turn()).await?,
+        };
         let mut healed = false;
         loop {
-            let result = match $self.statement(&mut $turn, $sql).await {
-                Ok(cached) => {
-                    let $statement = &cached.statement;
-                    $call.await
-                }
+            let prepared = match $self.at_hand($sql) {
+                Some(statement) => Ok(statement),
+                None => Box::pin($self.prepare_now(&mut $turn, $sql)).await,
+            };
+            let result = match prepared {
+                Ok(ref $statement) => $call.await,
                 Err(e) => Err(e),
             };
             match result {
@@ -291,9 +307,12 @@ impl Connection {
     /// As [`query`](Self::query).
     pub async fn prepare(&self, sql: &str) -> Result<Statement, Error> {
         let mut turn = self.turn().await?;
-        let result = self.statement(&mut turn, sql).await;
+        let result = match self.at_hand(sql) {
+            Some(statement) => Ok(statement),
+            None => self.prepare_now(&mut turn, sql).await,
+        };
         turn.finish();
-        result.map(|cached| cached.statement).map_err(|e| self.explain(e))
+        result.map_err(|e| self.explain(e))
     }
 
     /// Runs a statement and reads its rows as they come, with bounded memory. Until the stream is read to its end or

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
 
 use deadpool::managed::{Manager, Metrics, RecycleError, RecycleResult};
@@ -105,7 +106,8 @@ impl Manager for ConnectionManager {
         let _count = Count(&self.connecting);
         let mut pause = CONNECT_PAUSE;
         loop {
-            match self.connect().await {
+            // Boxed: it is large and seldom needed, and every acquire would carry it along.
+            match Box::pin(self.connect()).await {
                 Ok(connection) => {
                     *self.last_error_slot() = None;
                     return Ok(connection);
@@ -134,7 +136,7 @@ impl Manager for ConnectionManager {
             return Err(RecycleError::message("expired"));
         }
         if idle > self.config.check_after_idle {
-            match timeout(CHECK_TIMEOUT, connection.client.check_connection()).await {
+            match Box::pin(timeout(CHECK_TIMEOUT, connection.client.check_connection())).await {
                 Ok(Ok(())) => {}
                 _ => return Err(RecycleError::message("dead")),
             }

@@ -29,11 +29,13 @@ pub(crate) struct Turn<'a> {
 
 impl Turn<'_> {
     /// The request has had its answer.
+    #[inline]
     pub(crate) fn finish(mut self) {
         self.conclude();
     }
 
     /// As [`finish`](Self::finish), for those that hold a turn in a struct.
+    #[inline]
     pub(crate) fn conclude(&mut self) {
         if std::mem::replace(&mut self.done, true) {
             return;
@@ -97,21 +99,24 @@ impl Connection {
     /// Takes a turn: waits until the connection is settled, and hands the driver whatever is pending, so that it
     /// travels with the request that follows.
     pub(crate) async fn turn(&self) -> Result<Turn<'_>, Error> {
-        while !self.enter()? {
+        loop {
+            if let Some(turn) = self.turn_now()? {
+                return Ok(turn);
+            }
             self.link.until(Flow::is_open).await;
         }
-        Ok(self.new_turn())
     }
 
-    /// Takes the turn, if it can be had now.
-    fn enter(&self) -> Result<bool, Error> {
+    /// Takes a turn if it can be had now.
+    #[inline]
+    pub(super) fn turn_now(&self) -> Result<Option<Turn<'_>>, Error> {
         let mut flow = self.link.flow();
         if let Some(reason) = flow.broken {
             drop(flow);
             return Err(self.link.lost(reason));
         }
         if !flow.is_open() {
-            return Ok(false);
+            return Ok(None);
         }
         if flow.streaming {
             return Err(Error::StreamOpen);
@@ -126,7 +131,7 @@ impl Connection {
             if let Some(kind) = begin.filter(|kind| flow.confirmed & kind.bit() == 0) {
                 let sql = std::mem::take(&mut flow.pending);
                 self.link.start_confirming(flow, &self.client, sql, kind);
-                return Ok(false);
+                return Ok(None);
             }
             // Under the lock, so that no other request can reach the driver in between.
             let result = enqueue(&self.client, &flow.pending);
@@ -137,7 +142,8 @@ impl Connection {
             }
         }
         flow.live += 1;
-        Ok(true)
+        drop(flow);
+        Ok(Some(self.new_turn()))
     }
 
     /// After a COPY that failed: makes sure that the driver still knows which answer is whose, or ends the connection.
