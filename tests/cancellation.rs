@@ -324,6 +324,9 @@ async fn a_statement_beside_a_dropped_one_is_not_hit() {
     let db = database().await;
     let session = db.single().acquire().await.unwrap();
     let pid = session.process_id();
+    for sql in ["SELECT 1, pg_sleep(0.02)", "SELECT 2, pg_sleep(600)"] {
+        session.prepare(sql).await.unwrap();
+    }
     for _ in 0..20 {
         // At rest, so that the two are sent in the order in which they are polled.
         within(session.query_one("SELECT 0", &[])).await.unwrap();
@@ -335,7 +338,7 @@ async fn a_statement_beside_a_dropped_one_is_not_hit() {
                 () = db.until_sleeping(pid) => {}
             }
         };
-        let (kept, ()) = within(async { tokio::join!(kept, dropped) }).await;
+        let (kept, ()) = within(async { tokio::join!(biased; kept, dropped) }).await;
         assert_eq!(kept.unwrap().get::<_, i32>(0), 1);
     }
     within(session.query_one("SELECT 3", &[])).await.unwrap();

@@ -66,16 +66,20 @@ impl ConnectionManager {
     }
 
     async fn connect(&self) -> Result<Connection, ConnectError> {
+        let started = Instant::now();
         let dialled = dial(&self.config).await?;
         let target = dialled.route.to_string();
         let runtime = Handle::current();
         let mut connection = dialled.connection;
         // Notices and notifications have no reader; the driver's own loop would log notices.
-        let task = runtime
-            .spawn(async move { while let Some(Ok(_)) = poll_fn(|cx| connection.poll_message(cx)).await {} });
+        let task = runtime.spawn(poll_fn(move |cx| {
+            while let Some(Ok(_)) = ready!(connection.poll_message(cx)) {}
+            Poll::Ready(())
+        }));
         let driver = task.abort_handle();
         let client = Arc::new(ClientWrapper::new(dialled.client, task));
-        let set_up = timeout(self.config.connect_timeout, reset::set_up(&client)).await;
+        let left = self.config.connect_timeout.saturating_sub(started.elapsed());
+        let set_up = timeout(left, reset::set_up(&client)).await;
         let failed = |cause| ConnectError { target, phase: "setting up the session", cause };
         let watches_client = match set_up {
             Ok(Ok(watches)) => watches,
