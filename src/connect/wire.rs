@@ -6,12 +6,16 @@
 //! when the driver's answer is. (PostgreSQL manual, chapter 54.7 "Message Formats".)
 
 use std::io;
-use std::pin::Pin;
-use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::pin::{Pin, pin};
+use std::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicU8, AtomicU32, AtomicU64,
+    Ordering::{Relaxed, SeqCst},
+};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::Notify;
 use tokio_postgres::error::SqlState;
 
 use crate::error::ServerError;
@@ -37,6 +41,10 @@ pub(crate) struct Wire {
     written: AtomicU64,
     process_id: AtomicI32,
     secret_key: AtomicI32,
+    /// An error was read, and the ReadyForQuery that follows it was not.
+    erring: AtomicBool,
+    closed: AtomicBool,
+    recovered: Notify,
     journal: Mutex<Journal>,
 }
 
@@ -87,6 +95,23 @@ impl Wire {
 
     pub(crate) fn secret_key(&self) -> i32 {
         self.secret_key.load(Relaxed)
+    }
+
+    /// Waits until the status is that after the last error. The driver answers a request with its error before it has
+    /// read the ReadyForQuery behind it, which says how the session stands; that is on its way already.
+    pub(crate) async fn recovered(&self) {
+        while self.erring.load(SeqCst) && !self.closed.load(SeqCst) {
+            let mut recovered = pin!(self.recovered.notified());
+            recovered.as_mut().enable();
+            if self.erring.load(SeqCst) && !self.closed.load(SeqCst) {
+                recovered.await;
+            }
+        }
+    }
+
+    fn on_closed(&self) {
+        self.closed.store(true, SeqCst);
+        self.recovered.notify_waiters();
     }
 
     fn journal(&self) -> MutexGuard<'_, Journal> {
@@ -144,6 +169,10 @@ impl Wire {
     #[inline]
     fn on_status(&self, body: &[u8]) {
         self.status.store(body.first().copied().unwrap_or(b'I'), Relaxed);
+        if self.erring.load(Relaxed) {
+            self.erring.store(false, SeqCst);
+            self.recovered.notify_waiters();
+        }
     }
 
     /// Whether a command's tag, with its closing zero, may be one that is counted; told by its length, since most are
@@ -180,6 +209,7 @@ impl Wire {
 
     fn on_error(&self, body: &[u8]) {
         let error = Arc::new(parse_error(body));
+        self.erring.store(true, SeqCst);
         let mut journal = self.journal();
         if error.fatal {
             journal.fatal.get_or_insert_with(|| Arc::clone(&error));
@@ -303,6 +333,12 @@ pub(crate) struct Observed<S> {
 impl<S> Observed<S> {
     pub(crate) fn new(stream: S, wire: Arc<Wire>) -> Self {
         Self { stream, frames: Frames::default(), wire }
+    }
+}
+
+impl<S> Drop for Observed<S> {
+    fn drop(&mut self) {
+        self.wire.on_closed();
     }
 }
 

@@ -250,8 +250,7 @@ impl Link {
                 Poll::Pending => begin.await,
             };
             if result.is_err() {
-                // The driver answers with the error before it has read ReadyForQuery; the fence waits for that.
-                let _ = client.check_connection().await;
+                guard.link.wire.recovered().await;
             }
             drop(client);
             guard.conclude(result, sql, kind);

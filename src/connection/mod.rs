@@ -203,6 +203,7 @@ macro_rules! with_statement {
             match result {
                 Ok(value) => break Ok((value, $turn)),
                 Err(e) => {
+                    $self.wire().recovered().await;
                     if $self.is_stale(&e, $sql) && !healed && !$self.has_begun() {
                         healed = true;
                         continue;
@@ -291,9 +292,7 @@ impl Connection {
         self.mark_dirty();
         let result = self.client.batch_execute(sql).await;
         if result.is_err() {
-            // The text may have begun a transaction before it failed. The driver answers with the error before it has
-            // read how the session stands after it; the fence waits for that.
-            let _ = self.client.check_connection().await;
+            self.wire().recovered().await; // the text may have begun a transaction before it failed
         }
         turn.finish();
         result.map_err(|e| self.explain(e))
@@ -311,6 +310,9 @@ impl Connection {
             Some(statement) => Ok(statement),
             None => self.prepare_now(&mut turn, sql).await,
         };
+        if result.is_err() {
+            self.wire().recovered().await;
+        }
         turn.finish();
         result.map_err(|e| self.explain(e))
     }

@@ -229,10 +229,6 @@ impl Connection {
         self.wire().cure(mark);
     }
 
-    pub(crate) fn has_pending(&self) -> bool {
-        !self.link.flow().pending.is_empty()
-    }
-
     pub(crate) fn drop_pending(&self) {
         self.link.flow().pending.clear();
     }
@@ -256,6 +252,9 @@ impl Connection {
         };
         let turn = self.new_turn();
         let result = self.client.batch_execute(&message).await;
+        if result.is_err() {
+            self.wire().recovered().await;
+        }
         self.link.flow().committing = false;
         turn.finish();
         result

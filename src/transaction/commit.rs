@@ -37,7 +37,6 @@ impl Transaction<'_> {
             return Err(link.lost("the connection was closed before COMMIT was sent"));
         }
         let written = wire.written();
-        let rides_along = connection.has_pending();
         let answer = timeout(link.config().commit_timeout, connection.control("COMMIT", true)).await;
         let error = match answer {
             Ok(Ok(())) => {
@@ -69,8 +68,8 @@ impl Transaction<'_> {
             if fatal || matches!(server.code().code(), "40003" | "08007") {
                 return Err(self.unknown("the server ended the session over COMMIT", wire.fatal()));
             }
-            if !rides_along {
-                // The server has rolled back. If something was sent ahead, that may be what failed.
+            if wire.status() == TransactionStatus::Idle {
+                // Over. Otherwise it was not COMMIT that failed but something sent ahead of it.
                 connection.end_transaction();
             }
             return Err(Error::Database(DriverError(error)));
