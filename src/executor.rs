@@ -118,7 +118,7 @@ impl<T: Executor + ?Sized> Executor for &T {
     }
 }
 
-impl<T: Executor + Send + ?Sized> Executor for &mut T {
+impl<T: Executor + ?Sized> Executor for &mut T {
     fn connection(&self) -> &Connection {
         (**self).connection()
     }

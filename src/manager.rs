@@ -182,7 +182,7 @@ impl SessionManager {
     ///
     /// More than that one can do: a pause between attempts holds no session, and with
     /// [`RetryClass::ConnectionLost`](crate::RetryClass::ConnectionLost) a connection lost before COMMIT was sent is
-    /// replaced.
+    /// replaced, and one that cannot be made is tried again.
     ///
     /// # Errors
     ///
@@ -227,10 +227,17 @@ impl SessionManager {
             loop {
                 let limit = self.inner.config.acquire_timeout;
                 let limit = run.left().map_or(limit, |left| left.min(limit));
-                let session = match self.acquire_within(limit).await {
+                let session = match self.acquire_within(limit).instrument(observe::acquire()).await {
                     Err(Error::Acquire(_)) if run.left() == Some(Duration::ZERO) => {
                         return Err(run.too_late().into());
                     }
+                    Err(e @ Error::Connect(_)) => match run.after_connect_error() {
+                        Some(delay) => {
+                            sleep(delay).await;
+                            continue;
+                        }
+                        None => return Err(e.into()),
+                    },
                     acquired => acquired?,
                 };
                 match run.on(&session, true, f.clone()).await {

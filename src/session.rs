@@ -27,6 +27,9 @@ use crate::transaction::{Run, Step, Transaction};
 /// | dirty: `SET`, `LISTEN`, temporary tables, session locks, `batch_execute`, the raw client … | reset first |
 /// | a panic unwinds through it, or it cannot be repaired in time | closed |
 ///
+/// What no reset undoes is left: the seed of `random()`, loaded libraries, and what `lastval` and `currval` return after
+/// an INSERT took a number from a sequence in a session that was otherwise clean.
+///
 /// The repair runs in the background, within [`cleanup_timeout`](crate::SessionConfig::cleanup_timeout), while the place
 /// in the pool counts as taken.
 pub struct Session {

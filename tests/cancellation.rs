@@ -29,8 +29,7 @@ async fn assert_whole(db: &Database, sessions: &SessionManager, after: usize) {
     session.execute("VACUUM pg_language", &[]).await.unwrap_or_else(|e| panic!("after {after} polls: {e}"));
     drop(session);
     db.until_quiet().await;
-    common::until_returned(sessions).await;
-    assert_eq!(sessions.status().size, 1, "after {after} polls");
+    until_whole(sessions).await;
     let advisory = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' \
                     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
     assert_eq!(db.number(advisory).await, 0, "after {after} polls");
@@ -358,6 +357,43 @@ async fn a_timeout_around_a_transaction_can_be_tight() {
         session.query_one("SELECT 1", &[]).await.unwrap();
     }
     assert_whole(&db, &sessions, 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_cancelled_statements_leave_their_neighbours_alone() {
+    let db = Arc::new(database().await);
+    let sessions = db.single();
+    let cancelled: Vec<_> = (0..100)
+        .map(|_| {
+            let (db, sessions) = (Arc::clone(&db), sessions.clone());
+            tokio::spawn(async move {
+                let session = sessions.acquire().await.unwrap();
+                let pid = session.process_id();
+                tokio::select! {
+                    _ = session.execute("SELECT pg_sleep(600)", &[]) => panic!("slept"),
+                    () = db.until_sleeping(pid) => {}
+                }
+            })
+        })
+        .collect();
+    let neighbours: Vec<_> = (0..100)
+        .map(|_| {
+            let sessions = sessions.clone();
+            tokio::spawn(async move {
+                let session = sessions.acquire().await.unwrap();
+                session.query_one("SELECT pg_sleep(0.001)", &[]).await.expect("nobody cancelled this one");
+            })
+        })
+        .collect();
+    for task in cancelled.into_iter().chain(neighbours) {
+        within(task).await.unwrap();
+    }
+    until_whole(&sessions).await;
+}
+
+async fn until_whole(sessions: &SessionManager) {
+    common::until_returned(sessions).await;
+    assert_eq!(sessions.status().size, 1);
 }
 
 /// A storm of transactions under random time-outs: none of those that are waited for may see another's cancel request.

@@ -80,6 +80,7 @@ async fn transactions_and_acquires_have_spans_with_stable_names() {
         })
         .await
         .unwrap();
+    assert!(log.has(&["span pg_session.acquire"]));
     assert!(log.has(&["span pg_session.transaction", "name=\"pay\"", "isolation_level=\"SERIALIZABLE\""]));
     assert!(log.has(&["record pg_session.transaction", "attempts=2"]), "{:#?}", log.lines());
     assert!(log.has(&["record pg_session.transaction", "outcome=\"committed\""]));

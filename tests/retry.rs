@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use common::proxy::{AtCommit, Proxy};
 use common::{Database, within};
+use pg_session::testing::PgServer;
 use pg_session::{Error, RetryClass, RetryPolicy, SessionConfig, SessionManager, TransactionOptions};
 use tokio::sync::Barrier;
 
@@ -361,6 +362,37 @@ async fn a_connection_lost_before_commit_is_replaced_if_asked() {
     let (runs, result) = attempt(fast().retry_on(RetryClass::ConnectionLost)).await;
     assert_eq!((runs, result.unwrap()), (2, 1));
     assert_eq!(db.number("SELECT count(*) FROM t").await, 2);
+}
+
+#[tokio::test]
+async fn a_server_that_is_away_for_a_moment_is_waited_for_if_asked() {
+    let mut server = PgServer::start().unwrap();
+    let sessions = SessionManager::new(server.url().parse().unwrap()).unwrap();
+    server.kill().unwrap();
+    let once = TransactionOptions::new().retry(fast());
+    let error =
+        sessions.transaction_with(once, async |tx| tx.execute("SELECT 1", &[]).await).await.unwrap_err();
+    assert!(matches!(error, Error::Connect(_)), "{error:?}");
+    let patient = fast().max_attempts(3).retry_on(RetryClass::ConnectionLost);
+    let options = TransactionOptions::new().retry(patient.clone());
+    let error =
+        sessions.transaction_with(options, async |tx| tx.execute("SELECT 1", &[]).await).await.unwrap_err();
+    assert!(matches!(error, Error::Connect(_)), "{error:?}");
+    let options = TransactionOptions::new().retry(patient.max_attempts(100_000));
+    let (result, server) = within(async {
+        let work = sessions.transaction_with(options, async |tx| {
+            tx.execute("SELECT 1", &[]).await?;
+            Ok::<_, Error>(tx.attempt())
+        });
+        let start = tokio::task::spawn_blocking(move || {
+            server.start_again().unwrap();
+            server
+        });
+        tokio::join!(work, start)
+    })
+    .await;
+    assert_eq!(result.unwrap(), 1, "the closure ran once");
+    drop(server);
 }
 
 /// A manager whose connections pass a proxy.

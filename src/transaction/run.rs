@@ -30,6 +30,8 @@ pub(crate) struct Run<'o> {
     options: &'o TransactionOptions,
     started: Instant,
     attempts: u32,
+    /// How often no connection could be made for an attempt.
+    unconnected: u32,
     span: tracing::Span,
 }
 
@@ -43,7 +45,7 @@ pub(crate) enum Step<T, E> {
 impl<'o> Run<'o> {
     pub(crate) fn new(options: &'o TransactionOptions) -> Self {
         let span = observe::transaction(options.name.as_deref(), options.level());
-        Self { options, started: Instant::now(), attempts: 0, span }
+        Self { options, started: Instant::now(), attempts: 0, unconnected: 0, span }
     }
 
     pub(crate) fn span(&self) -> tracing::Span {
@@ -59,6 +61,19 @@ impl<'o> Run<'o> {
         observe::transaction_ended(&self.span, self.attempts, Outcome::RolledBack);
         let after = self.options.deadline.unwrap_or_default();
         Error::DeadlineExceeded { after, attempts: self.attempts }
+    }
+
+    /// The pause after no connection could be made, if lost connections are retried: a server that ended one may take
+    /// a while to be back. Counts as an attempt.
+    pub(crate) fn after_connect_error(&mut self) -> Option<Duration> {
+        self.unconnected += 1;
+        let delay = self.delay(RetryClass::ConnectionLost)?;
+        self.left().is_none_or(|left| left > delay).then_some(delay)
+    }
+
+    fn delay(&self, class: RetryClass) -> Option<Duration> {
+        let attempts = self.attempts + self.unconnected;
+        self.options.retry.delay_bound(attempts, self.started.elapsed(), class).map(jitter)
     }
 
     /// Attempts the transaction on `connection`, again and again as the policy says. `may_move` if the caller can go
@@ -150,10 +165,7 @@ impl<'o> Run<'o> {
             .class
             .filter(|class| policy.retries(*class) && (may_move || !class.needs_fresh_connection()))
             .ok_or(None)?;
-        policy
-            .delay_bound(self.attempts, self.started.elapsed(), class)
-            .map(jitter)
-            .ok_or(Some(self.attempts))
+        self.delay(class).ok_or(Some(self.attempts))
     }
 }
 
