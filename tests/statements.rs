@@ -88,6 +88,21 @@ async fn a_change_of_schema_inside_a_transaction_is_healed_by_running_it_again()
 }
 
 #[tokio::test]
+async fn a_change_of_schema_inside_a_raw_transaction_is_told() {
+    let db = Database::new().await;
+    db.run("CREATE TABLE t (a int); INSERT INTO t VALUES (1)").await;
+    let session = db.sessions().acquire().await.unwrap();
+    session.query_one("SELECT * FROM t", &[]).await.unwrap();
+    db.run("ALTER TABLE t ADD COLUMN b int").await;
+    session.batch_execute("BEGIN").await.unwrap();
+    // SQL began it, so SQL has to run it again.
+    let error = session.query_one("SELECT * FROM t", &[]).await.unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "0A000");
+    session.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(session.query_one("SELECT * FROM t", &[]).await.unwrap().len(), 2);
+}
+
+#[tokio::test]
 async fn a_stale_statement_whose_failure_nobody_read_is_healed_too() {
     let db = Database::new().await;
     db.run("CREATE TABLE t (a int); INSERT INTO t VALUES (1)").await;

@@ -436,6 +436,28 @@ mod tests {
     }
 
     #[test]
+    fn after_an_error_the_status_is_waited_for() {
+        let wire = Arc::new(Wire::default());
+        let mut frames = Frames::default();
+        let mut waiting = pin!(wire.recovered());
+        let mut poll = || waiting.as_mut().poll(&mut Context::from_waker(std::task::Waker::noop()));
+        frames.feed(&frame(b'E', b"VERROR\0C22012\0Ma\0\0"), &wire);
+        assert!(poll().is_pending());
+        frames.feed(&frame(b'C', b"SELECT 1\0"), &wire);
+        assert!(poll().is_pending());
+        frames.feed(&frame(b'Z', b"E"), &wire);
+        assert!(poll().is_ready());
+        assert_eq!(wire.status(), TransactionStatus::Failed);
+        // Nor for ever, if the server closes the connection instead.
+        frames.feed(&frame(b'E', b"VFATAL\0C57P01\0Ma\0\0"), &wire);
+        let mut waiting = pin!(wire.recovered());
+        let mut poll = || waiting.as_mut().poll(&mut Context::from_waker(std::task::Waker::noop()));
+        assert!(poll().is_pending());
+        drop(Observed::new((), Arc::clone(&wire)));
+        assert!(poll().is_ready());
+    }
+
+    #[test]
     fn a_cure_keeps_serialization_failures_in_mind() {
         let wire = Wire::default();
         wire.record();

@@ -23,7 +23,7 @@ pub(crate) use pooled::{ConnectionManager, Registration};
 pub use stream::{CopyIn, CopyOut, RowStream};
 pub(crate) use turn::{Turn, Verdict};
 
-use crate::connect::Wire;
+use crate::connect::{TransactionStatus, Wire};
 use crate::error::Error;
 use crate::statements::{Source, Statements, ToStatement, is_copy};
 
@@ -87,6 +87,11 @@ impl Connection {
     #[must_use]
     pub fn cached_statements(&self) -> usize {
         self.statements().len()
+    }
+
+    /// Whether no transaction is open, neither one of ours nor one that SQL began.
+    fn is_outside(&self) -> bool {
+        !self.has_begun() && self.wire().status() == TransactionStatus::Idle
     }
 
     /// Where its I/O lives.
@@ -204,7 +209,7 @@ macro_rules! with_statement {
                 Ok(value) => break Ok((value, $turn)),
                 Err(e) => {
                     $self.wire().recovered().await;
-                    if $self.is_stale(&e, $sql) && !healed && !$self.has_begun() {
+                    if $self.is_stale(&e, $sql) && !healed && $self.is_outside() {
                         healed = true;
                         continue;
                     }
