@@ -108,7 +108,8 @@ async fn a_stale_statement_whose_failure_nobody_read_is_healed_too() {
     db.run("CREATE TABLE t (a int); INSERT INTO t VALUES (1)").await;
     let mut session = db.sessions().acquire().await.unwrap();
     session.query_one("SELECT * FROM t", &[]).await.unwrap();
-    session.query_one("SELECT 1", &[]).await.unwrap();
+    // Also so that BEGIN need not be awaited, and the statement is sent when it is first polled.
+    session.transaction(async |tx| tx.query_one("SELECT 1", &[]).await).await.unwrap();
     db.run("ALTER TABLE t ADD COLUMN b int").await;
     let runs = AtomicU32::new(0);
     session
