@@ -102,7 +102,7 @@ impl Default for SessionConfig {
     /// user name and `localhost`.
     fn default() -> Self {
         let mut postgres = tokio_postgres::Config::new();
-        postgres.application_name("pg-session");
+        postgres.application_name("pg-session").ssl_mode(SslMode::Disable);
         Self {
             postgres,
             target: TargetSessionAttrs::Any,

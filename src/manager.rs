@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use deadpool::Runtime;
@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
 use crate::config::SessionConfig;
-use crate::connection::ConnectionManager;
+use crate::connection::{ConnectionManager, Counted};
 use crate::error::{AcquireError, AcquirePhase, Error};
 use crate::maintenance::Maintenance;
 use crate::observe;
@@ -168,14 +168,14 @@ impl SessionManager {
     }
 
     /// Counts the caller among those that wait, if there is a limit to them and nothing is free.
-    fn line_up(&self) -> Result<Option<Waiter<'_>>, TooMany> {
+    fn line_up(&self) -> Result<Option<Counted<'_>>, TooMany> {
         let Some(limit) = self.inner.config.max_waiting else { return Ok(None) };
         let status = self.inner.pool.status();
         if status.available > 0 || status.size < status.max_size {
             return Ok(None);
         }
-        let waiter = Waiter(&self.inner.waiting);
-        if self.inner.waiting.fetch_add(1, Relaxed) >= limit { Err(TooMany) } else { Ok(Some(waiter)) }
+        let (waiter, before) = Counted::new(&self.inner.waiting);
+        if before >= limit { Err(TooMany) } else { Ok(Some(waiter)) }
     }
 
     /// Runs a unit of work on a session of its own; see [`Session::transaction`].
@@ -309,14 +309,6 @@ impl SessionManager {
 }
 
 struct TooMany;
-
-struct Waiter<'a>(&'a AtomicUsize);
-
-impl Drop for Waiter<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
-    }
-}
 
 impl fmt::Debug for SessionManager {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 #[cfg(unix)]
 use tokio::net::UnixStream;
-use tokio_postgres::config::{Host, LoadBalanceHosts, SslMode};
+use tokio_postgres::config::{Host, LoadBalanceHosts};
 use tokio_postgres::tls::NoTlsStream;
 use tokio_postgres::{Client, Connection, NoTls};
 
@@ -204,9 +204,8 @@ async fn dial_route(
     let wire = Arc::new(Wire::default());
     // The seam for TLS: wrap the stream, and observe what comes out of the wrapping.
     let stream = Observed::new(stream, Arc::clone(&wire));
-    let mut postgres = config.postgres.clone();
-    postgres.ssl_mode(SslMode::Disable);
-    let (client, connection) = postgres
+    let (client, connection) = config
+        .postgres
         .connect_raw(stream, NoTls)
         .await
         .map_err(|e| progress.failed(ConnectCause::Driver(DriverError(e))))?;

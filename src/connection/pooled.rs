@@ -106,8 +106,7 @@ impl Manager for ConnectionManager {
     type Error = Arc<ConnectError>;
 
     async fn create(&self) -> Result<Connection, Self::Error> {
-        self.connecting.fetch_add(1, Relaxed);
-        let _count = Count(&self.connecting);
+        let (_connecting, _) = Counted::new(&self.connecting);
         let mut pause = CONNECT_PAUSE;
         loop {
             // Boxed: it is large and seldom needed, and every acquire would carry it along.
@@ -159,9 +158,18 @@ impl Connection {
     }
 }
 
-struct Count<'a>(&'a AtomicUsize);
+/// One more in a number, for as long as it lives.
+pub(crate) struct Counted<'a>(&'a AtomicUsize);
 
-impl Drop for Count<'_> {
+impl<'a> Counted<'a> {
+    /// Counts one more; also returns how many there were before.
+    pub(crate) fn new(number: &'a AtomicUsize) -> (Self, usize) {
+        let before = number.fetch_add(1, Relaxed);
+        (Self(number), before)
+    }
+}
+
+impl Drop for Counted<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Relaxed);
     }
