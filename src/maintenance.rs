@@ -28,7 +28,13 @@ impl Maintenance {
         let mut task = self.task.lock().unwrap_or_else(PoisonError::into_inner);
         if task.as_ref().is_none_or(|task| task.is_finished()) {
             let interval = (interval / 2).clamp(INTERVAL.0, INTERVAL.1);
-            *task = Some(tokio::spawn(run(pool.weak(), interval, config.idle_timeout)));
+            let work = || run(pool.weak(), interval, config.idle_timeout);
+            let mut started = pool.manager().home().spawn(work());
+            if started.is_finished() {
+                // Home was shut down.
+                started = tokio::spawn(work());
+            }
+            *task = Some(started);
         }
     }
 }

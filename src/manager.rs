@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use deadpool::Runtime;
 use deadpool::managed::{Object, Pool, PoolConfig, PoolError, QueueMode, Timeouts};
+use tokio::runtime::Handle;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
@@ -51,16 +52,44 @@ struct Inner {
 #[must_use = "a builder does nothing until `build` is called"]
 pub struct SessionManagerBuilder {
     config: SessionConfig,
+    runtime: Option<Handle>,
 }
 
 impl SessionManagerBuilder {
+    /// Where connections are made, driven and repaired. Default: the runtime in which [`build`](Self::build) is called,
+    /// else the one in which a connection is first needed.
+    ///
+    /// Sessions may be used on any runtime, and a connection does not end with the one that happened to need it first:
+    /// that is what makes one manager fit for actix-web, whose workers have a runtime each. The chosen runtime must be
+    /// running: one that nobody drives makes no connection until [`acquire_timeout`](SessionConfig::acquire_timeout).
+    /// Should it be shut down, its connections end, and new ones are made where they are needed.
+    pub fn runtime(mut self, runtime: Handle) -> Self {
+        self.runtime = Some(runtime);
+        self
+    }
+
     /// Checks the configuration and makes the manager. Opens no connection.
     ///
     /// # Errors
     ///
     /// [`Error::Config`] for settings that cannot work together.
     pub fn build(self) -> Result<SessionManager, Error> {
-        SessionManager::new(self.config)
+        self.config.validate()?;
+        let config = Arc::new(self.config);
+        let home = self.runtime.or_else(|| Handle::try_current().ok());
+        // The connection used last is lent first, so that those not needed grow old and are closed.
+        let pool = Pool::builder(ConnectionManager::new(Arc::clone(&config), home))
+            .config(PoolConfig {
+                max_size: config.max_size,
+                timeouts: Timeouts::default(),
+                queue_mode: QueueMode::Lifo,
+            })
+            .runtime(Runtime::Tokio1)
+            .build()
+            .map_err(|e| Error::config(e.to_string()))?;
+        let maintenance = Maintenance::default();
+        let inner = Inner { pool, config, waiting: AtomicUsize::new(0), maintenance };
+        Ok(SessionManager { inner: Arc::new(inner) })
     }
 }
 
@@ -71,20 +100,7 @@ impl SessionManager {
     ///
     /// [`Error::Config`] for settings that cannot work together.
     pub fn new(config: SessionConfig) -> Result<Self, Error> {
-        config.validate()?;
-        let config = Arc::new(config);
-        // The connection used last is lent first, so that those not needed grow old and are closed.
-        let pool = Pool::builder(ConnectionManager::new(Arc::clone(&config)))
-            .config(PoolConfig {
-                max_size: config.max_size,
-                timeouts: Timeouts::default(),
-                queue_mode: QueueMode::Lifo,
-            })
-            .runtime(Runtime::Tokio1)
-            .build()
-            .map_err(|e| Error::config(e.to_string()))?;
-        let maintenance = Maintenance::default();
-        Ok(Self { inner: Arc::new(Inner { pool, config, waiting: AtomicUsize::new(0), maintenance }) })
+        Self::builder(config).build()
     }
 
     /// Makes a manager from `DATABASE_URL` or the `PG*` variables: see [`SessionConfig::from_env`].
@@ -98,7 +114,7 @@ impl SessionManager {
 
     /// Begins to make a manager.
     pub fn builder(config: SessionConfig) -> SessionManagerBuilder {
-        SessionManagerBuilder { config }
+        SessionManagerBuilder { config, runtime: None }
     }
 
     /// The configuration it was made with.
@@ -250,6 +266,36 @@ impl SessionManager {
             }
         };
         attempts.instrument(span).await
+    }
+
+    /// Acquires a session and begins a transaction on it that is ended by hand, with the [default
+    /// options](crate::SessionConfig::transactions). The session goes back with the transaction.
+    ///
+    /// It borrows nothing, so it can be kept in a struct or passed on. It is never retried: where that matters, and
+    /// wherever a closure will do, use [`transaction`](Self::transaction).
+    ///
+    /// # Errors
+    ///
+    /// As [`acquire`](Self::acquire).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`acquire`](Self::acquire); nothing is sent before the first statement.
+    pub async fn begin(&self) -> Result<Transaction<'static>, Error> {
+        self.begin_with(&self.inner.config.transactions).await
+    }
+
+    /// As [`begin`](Self::begin), with options of its own. A retry policy and a deadline have no effect.
+    ///
+    /// # Errors
+    ///
+    /// As [`acquire`](Self::acquire), and [`Error::Config`] for an option that cannot be used.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`begin`](Self::begin).
+    pub async fn begin_with(&self, options: &TransactionOptions) -> Result<Transaction<'static>, Error> {
+        Transaction::begin_owned(self.acquire().await?, options)
     }
 
     /// Makes sure that the database can be reached: one round trip on a session.

@@ -7,7 +7,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-use common::{Database, within};
+use common::{Database, until_returned, within};
 use futures_util::FutureExt;
 use pg_session::{Error, IsolationLevel, RetryPolicy, TransactionOptions};
 
@@ -447,4 +447,30 @@ async fn isolation_levels_are_what_they_say() {
             .unwrap();
         assert_eq!(row.get::<_, &str>(0), name);
     }
+}
+
+#[tokio::test]
+async fn a_transaction_that_has_its_session_with_it_gives_it_back_at_its_end() {
+    let database = Database::new().await;
+    database.run("CREATE TABLE t (n int)").await;
+    let sessions = database.single();
+
+    let tx = within(sessions.begin()).await.unwrap();
+    tx.execute("INSERT INTO t VALUES (1)", &[]).await.unwrap();
+    assert_eq!(sessions.status().in_use, 1);
+    tx.commit().await.unwrap();
+    assert_eq!(sessions.status().in_use, 0);
+
+    // Kept in a task, and dropped in the middle.
+    let mut tx = within(sessions.begin()).await.unwrap();
+    tokio::spawn(async move {
+        tx.savepoint(async |sp| sp.execute("INSERT INTO t VALUES (2)", &[]).await).await.unwrap();
+    })
+    .await
+    .unwrap();
+    until_returned(&sessions).await;
+
+    let session = within(sessions.acquire()).await.unwrap();
+    let count: i64 = session.query_one("SELECT sum(n) FROM t", &[]).await.unwrap().get(0);
+    assert_eq!(count, 1);
 }

@@ -12,6 +12,7 @@ use deadpool::managed::{Manager, Metrics, RecycleError, RecycleResult};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::link::Link;
@@ -33,15 +34,18 @@ const CONNECT_PAUSE_MAX: Duration = Duration::from_millis(500);
 pub(crate) struct ConnectionManager {
     config: Arc<SessionConfig>,
     register: Arc<Register>,
+    /// Where connections are made and driven, unless it is gone.
+    home: Option<Handle>,
     connecting: AtomicUsize,
     last_error: Mutex<Option<Arc<ConnectError>>>,
 }
 
 impl ConnectionManager {
-    pub(crate) fn new(config: Arc<SessionConfig>) -> Self {
+    pub(crate) fn new(config: Arc<SessionConfig>, home: Option<Handle>) -> Self {
         Self {
             config,
             register: Arc::default(),
+            home,
             connecting: AtomicUsize::new(0),
             last_error: Mutex::default(),
         }
@@ -49,6 +53,11 @@ impl ConnectionManager {
 
     pub(crate) fn register(&self) -> &Arc<Register> {
         &self.register
+    }
+
+    /// Where what is done for the pool itself should run.
+    pub(crate) fn home(&self) -> Handle {
+        self.home.clone().unwrap_or_else(Handle::current)
     }
 
     /// How many callers are connecting right now.
@@ -65,40 +74,56 @@ impl ConnectionManager {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Makes a connection at home, so that it does not die with the runtime of whoever happened to need it first.
     async fn connect(&self) -> Result<Connection, ConnectError> {
-        let started = Instant::now();
-        let dialled = dial(&self.config).await?;
-        let target = dialled.route.to_string();
-        let runtime = Handle::current();
-        let mut connection = dialled.connection;
-        // Notices and notifications have no reader; the driver's own loop would log notices.
-        let task = runtime.spawn(poll_fn(move |cx| {
-            while let Some(Ok(_)) = ready!(connection.poll_message(cx)) {}
-            Poll::Ready(())
-        }));
-        let driver = task.abort_handle();
-        let client = Arc::new(ClientWrapper::new(dialled.client, task));
-        let left = self.config.connect_timeout.saturating_sub(started.elapsed());
-        let set_up = timeout(left, reset::set_up(&client)).await;
-        let failed = |cause| ConnectError { target, phase: "setting up the session", cause };
-        let watches_client = match set_up {
-            Ok(Ok(watches)) => watches,
-            Ok(Err(e)) => return Err(failed(ConnectCause::Driver(DriverError(e)))),
-            Err(_) => return Err(failed(ConnectCause::TimedOut(self.config.connect_timeout))),
-        };
-        let link =
-            Arc::new(Link::new(dialled.wire, Arc::clone(&self.config), dialled.route, driver, runtime));
-        let now = Instant::now();
-        Ok(Connection {
-            client,
-            statements: Mutex::new(Statements::new(self.config.statement_cache_capacity)),
-            watches_client,
-            expires: self.config.max_lifetime.map(|life| now + life - jitter(life / 10)),
-            idle_since: now,
-            registration: self.register.add(&link),
-            link,
-        })
+        let mut task = JoinSet::new(); // aborts it when dropped
+        for runtime in self.home.iter().chain([&Handle::current()]) {
+            let (config, register) = (Arc::clone(&self.config), Arc::clone(&self.register));
+            task.spawn_on(connect(config, register), runtime);
+            match task.join_next().await {
+                Some(Ok(result)) => return result,
+                Some(Err(e)) if e.is_panic() => std::panic::resume_unwind(e.into_panic()),
+                // That runtime was shut down.
+                _ => {}
+            }
+        }
+        let cause = ConnectCause::Refused("the runtime is shutting down".into());
+        Err(ConnectError { target: self.config.targets(), phase: "starting", cause })
     }
+}
+
+async fn connect(config: Arc<SessionConfig>, register: Arc<Register>) -> Result<Connection, ConnectError> {
+    let started = Instant::now();
+    let dialled = dial(&config).await?;
+    let target = dialled.route.to_string();
+    let runtime = Handle::current();
+    let mut connection = dialled.connection;
+    // Notices and notifications have no reader; the driver's own loop would log notices.
+    let task = runtime.spawn(poll_fn(move |cx| {
+        while let Some(Ok(_)) = ready!(connection.poll_message(cx)) {}
+        Poll::Ready(())
+    }));
+    let driver = task.abort_handle();
+    let client = Arc::new(ClientWrapper::new(dialled.client, task));
+    let left = config.connect_timeout.saturating_sub(started.elapsed());
+    let set_up = timeout(left, reset::set_up(&client)).await;
+    let failed = |cause| ConnectError { target, phase: "setting up the session", cause };
+    let watches_client = match set_up {
+        Ok(Ok(watches)) => watches,
+        Ok(Err(e)) => return Err(failed(ConnectCause::Driver(DriverError(e)))),
+        Err(_) => return Err(failed(ConnectCause::TimedOut(config.connect_timeout))),
+    };
+    let link = Arc::new(Link::new(dialled.wire, Arc::clone(&config), dialled.route, driver, runtime));
+    let now = Instant::now();
+    Ok(Connection {
+        client,
+        statements: Mutex::new(Statements::new(config.statement_cache_capacity)),
+        watches_client,
+        expires: config.max_lifetime.map(|life| now + life - jitter(life / 10)),
+        idle_since: now,
+        registration: register.add(&link),
+        link,
+    })
 }
 
 impl Manager for ConnectionManager {

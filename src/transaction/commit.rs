@@ -14,7 +14,7 @@ impl Transaction<'_> {
     /// Sends COMMIT and reads its outcome off the wire. On an error the transaction may still be open: see
     /// [`roll_back_now`](Self::roll_back_now).
     pub(super) async fn commit_now(&mut self) -> Result<(), Error> {
-        let connection = self.connection;
+        let connection = &*self.connection;
         let link = &connection.link;
         let wire = connection.wire();
         link.settled().await?;
@@ -80,7 +80,7 @@ impl Transaction<'_> {
         Err(self.unknown("the connection was closed before COMMIT was answered", wire.fatal()))
     }
 
-    fn unknown(&mut self, reason: &'static str, server: Option<Arc<ServerError>>) -> Error {
+    fn unknown(&self, reason: &'static str, server: Option<Arc<ServerError>>) -> Error {
         self.connection.link.poison(reason);
         self.connection.end_transaction();
         let error = Error::CommitUnknown(Box::new(CommitUnknown { reason, server }));
@@ -88,7 +88,7 @@ impl Transaction<'_> {
         error
     }
 
-    fn ended(&mut self) -> Error {
+    fn ended(&self) -> Error {
         self.connection.link.poison("SQL in a transaction ended it");
         self.connection.end_transaction();
         Error::TransactionEnded
@@ -96,7 +96,7 @@ impl Transaction<'_> {
 
     /// Ends what is open. A failure closes the connection, which has the same effect.
     pub(super) async fn roll_back_now(&mut self) {
-        let connection = self.connection;
+        let connection = &*self.connection;
         let link = &connection.link;
         if connection.has_begun() && link.settled().await.is_ok() {
             connection.drop_pending();

@@ -8,7 +8,7 @@ use std::future::Future;
 use std::ops::Deref;
 use std::panic::AssertUnwindSafe;
 use std::pin::{Pin, pin};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 
 use crate::connection::Connection;
@@ -20,6 +20,26 @@ pub(crate) use run::{Run, Step, held};
 
 type Hook = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
 
+/// How a transaction has its connection.
+enum Loan<'a> {
+    /// From whoever called.
+    Borrowed(&'a Connection),
+    /// With the session that it came in, which goes back when the transaction is dropped.
+    Owned(Box<dyn Deref<Target = Connection> + Send + Sync>),
+}
+
+impl Deref for Loan<'_> {
+    type Target = Connection;
+
+    #[inline]
+    fn deref(&self) -> &Connection {
+        match self {
+            Self::Borrowed(connection) => connection,
+            Self::Owned(session) => session,
+        }
+    }
+}
+
 /// A transaction, or a [savepoint](Self::savepoint) in one.
 ///
 /// Has every verb of [`Connection`], to which it dereferences. The closure forms
@@ -30,7 +50,7 @@ type Hook = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>
 ///
 /// BEGIN is sent together with the first statement. A transaction without a statement sends nothing at all.
 pub struct Transaction<'a> {
-    connection: &'a Connection,
+    connection: Loan<'a>,
     hooks: Mutex<Vec<Hook>>,
     role: Role,
     attempt: u32,
@@ -54,8 +74,20 @@ impl Role {
 
 impl<'a> Transaction<'a> {
     pub(crate) fn begin(connection: &'a Connection, options: &TransactionOptions) -> Result<Self, Error> {
+        Self::begin_on(Loan::Borrowed(connection), options)
+    }
+
+    /// One that keeps its session for as long as it lives.
+    pub(crate) fn begin_owned<S>(session: S, options: &TransactionOptions) -> Result<Self, Error>
+    where
+        S: Deref<Target = Connection> + Send + Sync + 'static,
+    {
+        Self::begin_on(Loan::Owned(Box::new(session)), options)
+    }
+
+    fn begin_on(connection: Loan<'a>, options: &TransactionOptions) -> Result<Self, Error> {
         options.validate()?;
-        let role = Role::outermost(connection);
+        let role = Role::outermost(&connection);
         connection.begin_with(options.kind(), &options.begin_sql(), false)?;
         Ok(Self { connection, hooks: Mutex::default(), role, attempt: 1, done: false })
     }
@@ -64,12 +96,12 @@ impl<'a> Transaction<'a> {
     fn restart(&mut self, options: &TransactionOptions) -> Result<(), Error> {
         self.hooks().clear();
         self.attempt += 1;
-        self.role = Role::outermost(self.connection);
+        self.role = Role::outermost(&self.connection);
         self.connection.begin_with(options.kind(), &options.begin_sql(), true)
     }
 
-    fn hooks(&mut self) -> &mut Vec<Hook> {
-        self.hooks.get_mut().unwrap_or_else(PoisonError::into_inner)
+    fn hooks(&self) -> MutexGuard<'_, Vec<Hook>> {
+        self.hooks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Which run of the closure this is; the first is 1.
@@ -93,7 +125,7 @@ impl<'a> Transaction<'a> {
         Fut: Future<Output = ()> + Send + 'static,
     {
         let hook: Hook = Box::new(move || Box::pin(f()));
-        self.hooks.lock().unwrap_or_else(PoisonError::into_inner).push(hook);
+        self.hooks().push(hook);
     }
 
     /// Runs `f` in a savepoint: on `Ok` it is released, on `Err` everything since its beginning is undone and the
@@ -129,7 +161,16 @@ impl<'a> Transaction<'a> {
         F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E>,
         E: From<Error>,
     {
-        let connection = self.connection;
+        self.nest(f).await
+    }
+
+    /// [`savepoint`](Self::savepoint), for those who make sure in another way that there is one at a time.
+    pub(crate) async fn nest<T, E, F>(&self, f: F) -> Result<T, E>
+    where
+        F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E>,
+        E: From<Error>,
+    {
+        let connection = &*self.connection;
         let depth = match self.role {
             Role::Outermost { .. } => 1,
             Role::Savepoint { depth, .. } => depth + 1,
@@ -138,7 +179,7 @@ impl<'a> Transaction<'a> {
         let mark = connection.wire().mark();
         connection.queue(&set(depth));
         let mut inner = Transaction {
-            connection,
+            connection: Loan::Borrowed(connection),
             hooks: Mutex::default(),
             role: Role::Savepoint { depth, mark },
             attempt: self.attempt,
@@ -151,7 +192,7 @@ impl<'a> Transaction<'a> {
         match (result, broken) {
             (Ok(value), None) => {
                 inner.release();
-                let hooks = std::mem::take(inner.hooks());
+                let hooks = std::mem::take(&mut *inner.hooks());
                 drop(inner);
                 self.hooks().extend(hooks);
                 Ok(value)
@@ -198,13 +239,23 @@ impl<'a> Transaction<'a> {
     ///
     /// Not cancel safe once polled: the transaction is then committed or rolled back, and nobody is told which.
     pub async fn commit(mut self) -> Result<(), Error> {
+        self.commit_or_roll_back().await?;
+        self.take_hooks().run().await;
+        Ok(())
+    }
+
+    /// Commits; if that fails, sees to it that nothing is left open.
+    pub(crate) async fn commit_or_roll_back(&mut self) -> Result<(), Error> {
         let result = self.commit_now().await;
         if result.is_err() {
             self.roll_back_now().await;
-        } else {
-            self.run_hooks().await;
         }
         result
+    }
+
+    /// What is to be run now that it is committed.
+    pub(crate) fn take_hooks(&self) -> Hooks {
+        Hooks(std::mem::take(&mut *self.hooks()))
     }
 
     /// Rolls back, for a transaction from [`Session::begin`](crate::Session::begin).
@@ -218,14 +269,18 @@ impl<'a> Transaction<'a> {
     pub async fn rollback(mut self) {
         self.roll_back_now().await;
     }
+}
 
-    async fn run_hooks(&mut self) {
-        for hook in std::mem::take(self.hooks()) {
-            let run = std::panic::catch_unwind(AssertUnwindSafe(hook));
-            let panicked = match run {
+/// What was registered to be run after a commit.
+pub(crate) struct Hooks(Vec<Hook>);
+
+impl Hooks {
+    /// Runs them one after the other. A panic in one must not take the result of a committed transaction with it.
+    pub(crate) async fn run(self) {
+        for hook in self.0 {
+            let panicked = match std::panic::catch_unwind(AssertUnwindSafe(hook)) {
                 Ok(future) => {
                     let mut future = pin!(future);
-                    // A hook's panic must not take the result of a committed transaction with it.
                     std::future::poll_fn(|cx| {
                         match std::panic::catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) {
                             Ok(Poll::Pending) => Poll::Pending,
@@ -253,7 +308,7 @@ impl Deref for Transaction<'_> {
     type Target = Connection;
 
     fn deref(&self) -> &Connection {
-        self.connection
+        &self.connection
     }
 }
 
@@ -272,7 +327,7 @@ impl Drop for Transaction<'_> {
 impl fmt::Debug for Transaction<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Transaction")
-            .field("connection", self.connection)
+            .field("connection", &**self)
             .field("role", &self.role)
             .field("attempt", &self.attempt)
             .finish_non_exhaustive()

@@ -108,7 +108,7 @@ impl<'o> Run<'o> {
                 Ok(value) => match tx.commit_now().await {
                     Ok(()) => {
                         observe::transaction_ended(&self.span, self.attempts, Outcome::Committed);
-                        tx.run_hooks().await;
+                        tx.take_hooks().run().await;
                         return Step::Done(Ok(value));
                     }
                     Err(e) => Failed { class: class_of_error(&e, &tx), own: Some(e), users: None },
@@ -193,7 +193,7 @@ impl<E: From<Error>> Failed<E> {
 /// What broke the transaction, asked at the wire: whatever the closure made of it, it is there. Nothing, if the closure
 /// had a reason of its own.
 async fn why(tx: &Transaction<'_>) -> (Option<RetryClass>, Option<Error>) {
-    let connection = tx.connection;
+    let connection = &*tx.connection;
     let settled = connection.link.settled().await;
     let wire = connection.wire();
     if let Some(first) = wire.first_error(0).or_else(|| wire.cured_error()) {
