@@ -84,6 +84,10 @@ pub enum Error {
     /// A row stream or COPY is still open on this session; finish or drop it before the next statement.
     #[error("a row stream or COPY is still open on this session; finish or drop it first")]
     StreamOpen,
+
+    /// Another handle of this request's transaction is in a savepoint.
+    #[error("another handle of this request's transaction is in a savepoint; nest them, or let it end first")]
+    SavepointOpen,
 }
 
 impl Error {

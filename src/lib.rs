@@ -77,15 +77,29 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(clippy::unwrap_used)]
 
+#[cfg(feature = "actix-web")]
+#[cfg_attr(docsrs, doc(cfg(feature = "actix-web")))]
+pub mod actix_web;
+#[cfg(feature = "axum")]
+#[cfg_attr(docsrs, doc(cfg(feature = "axum")))]
+pub mod axum;
 mod config;
 mod connect;
 mod connection;
 mod error;
 mod executor;
+#[cfg(any(feature = "axum", feature = "actix-web"))]
+mod health;
+#[cfg(any(feature = "axum", feature = "actix-web"))]
+mod lazy_session;
 mod maintenance;
 mod manager;
 mod observe;
 mod options;
+#[cfg(feature = "problem")]
+mod problem;
+#[cfg(any(feature = "axum", feature = "actix-web"))]
+mod request;
 mod retry;
 mod session;
 mod statements;
@@ -98,8 +112,17 @@ pub use error::{
     AcquireError, AcquirePhase, CommitUnknown, ConnectError, ConnectionLost, DriverError, Error, ServerError,
 };
 pub use executor::Executor;
+#[cfg(any(feature = "axum", feature = "actix-web"))]
+#[cfg_attr(docsrs, doc(cfg(any(feature = "axum", feature = "actix-web"))))]
+pub use lazy_session::LazySession;
 pub use manager::{SessionManager, SessionManagerBuilder};
 pub use options::TransactionOptions;
+#[cfg(feature = "problem")]
+#[cfg_attr(docsrs, doc(cfg(feature = "problem")))]
+pub use problem::{Problem, Problems};
+#[cfg(any(feature = "axum", feature = "actix-web"))]
+#[cfg_attr(docsrs, doc(cfg(any(feature = "axum", feature = "actix-web"))))]
+pub use request::{RequestTransactions, Tx};
 pub use retry::{RetryClass, RetryPolicy};
 pub use session::Session;
 pub use statements::{Source, ToStatement};

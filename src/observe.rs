@@ -14,6 +14,7 @@
 //! | a returned connection needed repair | debug | – |
 //! | a cancel request failed | debug | `error` |
 //! | an `on_commit` hook panicked | error | – |
+//! | an error became an HTTP response | error (500), warn (503, 504), debug | `status`, `code`, `error` with its sources |
 //!
 //! No SQL, no parameter, no setting's value and no address is in any of them. All have the target `pg_session`. The
 //! driver logs SQL *and parameters* through the `log` crate at debug level under `tokio_postgres`: keep that filtered.
@@ -85,4 +86,32 @@ pub(crate) fn cancel_failed(e: &std::io::Error) {
 
 pub(crate) fn hook_panicked() {
     error!(target: TARGET, "an on_commit hook panicked; the transaction is committed");
+}
+
+#[cfg(feature = "problem")]
+pub(crate) fn problem(status: u16, code: &str, cause: &dyn std::error::Error) {
+    let error = Chain(cause);
+    const MESSAGE: &str = "an error became an HTTP response";
+    match status {
+        503 | 504 => warn!(target: TARGET, status, code, %error, "{MESSAGE}"),
+        500.. => error!(target: TARGET, status, code, %error, "{MESSAGE}"),
+        _ => debug!(target: TARGET, status, code, %error, "{MESSAGE}"),
+    }
+}
+
+/// An error and what lies behind it, on one line.
+#[cfg(feature = "problem")]
+struct Chain<'a>(&'a dyn std::error::Error);
+
+#[cfg(feature = "problem")]
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(cause) = source {
+            write!(f, ": {cause}")?;
+            source = cause.source();
+        }
+        Ok(())
+    }
 }

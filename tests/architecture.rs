@@ -34,14 +34,29 @@ const HOUSE: &[(&str, &[&str])] = &[
         ],
     ),
     ("testing", &[]),
+    ("problem", &["error", "observe"]),
+    ("health", &["manager", "problem"]),
+    ("lazy_session", &["error", "manager", "session"]),
+    ("request", &["error", "manager", "observe", "options", "transaction"]),
+    ("axum", EDGE),
+    ("actix_web", EDGE),
 ];
+
+/// What an adapter may look into: the rooms behind every adapter, and no other adapter.
+const EDGE: &[&str] =
+    &["error", "health", "lazy_session", "manager", "observe", "problem", "request", "session"];
+
+/// A file without its documentation and its unit tests.
+fn code(source: &str) -> String {
+    let code =
+        source.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+    code.split("#[cfg(test)]").next().unwrap_or_default().to_owned()
+}
 
 /// The rooms that a file's code names; documentation may link wherever it likes.
 fn imports(source: &str) -> BTreeSet<String> {
-    let code: String =
-        source.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
-    let code = code.split("#[cfg(test)]").next().unwrap_or_default();
-    code.split("crate::")
+    code(source)
+        .split("crate::")
         .skip(1)
         .map(|rest| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect())
         .collect()
@@ -96,10 +111,10 @@ fn a_wrong_import_is_noticed() {
 
 #[test]
 fn the_core_names_no_framework_and_no_protocol_above_it() {
-    for (room, _) in HOUSE {
+    for (room, _) in HOUSE.iter().filter(|(room, _)| !["axum", "actix_web"].contains(room)) {
         for source in sources(room) {
             for word in ["axum", "actix", "hyper", "http::"] {
-                assert!(!source.contains(word), "{room} names {word}");
+                assert!(!code(&source).contains(word), "{room} names {word}");
             }
         }
     }

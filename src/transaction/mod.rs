@@ -240,7 +240,9 @@ impl<'a> Transaction<'a> {
     /// Not cancel safe once polled: the transaction is then committed or rolled back, and nobody is told which.
     pub async fn commit(mut self) -> Result<(), Error> {
         self.commit_or_roll_back().await?;
-        self.take_hooks().run().await;
+        if let Some(hooks) = self.take_hooks() {
+            hooks.run().await;
+        }
         Ok(())
     }
 
@@ -253,9 +255,10 @@ impl<'a> Transaction<'a> {
         result
     }
 
-    /// What is to be run now that it is committed.
-    pub(crate) fn take_hooks(&self) -> Hooks {
-        Hooks(std::mem::take(&mut *self.hooks()))
+    /// What is to be run now that it is committed, if anything.
+    pub(crate) fn take_hooks(&self) -> Option<Hooks> {
+        let hooks = std::mem::take(&mut *self.hooks());
+        if hooks.is_empty() { None } else { Some(Hooks(hooks)) }
     }
 
     /// Rolls back, for a transaction from [`Session::begin`](crate::Session::begin).

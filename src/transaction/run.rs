@@ -108,7 +108,9 @@ impl<'o> Run<'o> {
                 Ok(value) => match tx.commit_now().await {
                     Ok(()) => {
                         observe::transaction_ended(&self.span, self.attempts, Outcome::Committed);
-                        tx.take_hooks().run().await;
+                        if let Some(hooks) = tx.take_hooks() {
+                            hooks.run().await;
+                        }
                         return Step::Done(Ok(value));
                     }
                     Err(e) => Failed { class: class_of_error(&e, &tx), own: Some(e), users: None },
