@@ -2,7 +2,7 @@
 //!
 //! The same service as `axum_items`, whose head shows how to call it; what they share is in `items/`.
 
-mod items;
+pub(crate) mod items;
 
 use actix_web::error::JsonPayloadError;
 use actix_web::http::header;
@@ -39,7 +39,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     Ok(())
 }
 
-fn routes(config: &mut ServiceConfig, sessions: &SessionManager) {
+pub(crate) fn routes(config: &mut ServiceConfig, sessions: &SessionManager) {
     // Problems for what cannot be read.
     let json = JsonConfig::default().error_handler(|e, _| {
         let status = match &e {

@@ -14,7 +14,7 @@
 //! `DATABASE_URL` says which database, else it starts a throw-away server; `LISTEN` where to listen. `actix_items` is the
 //! same service on actix-web; what they share is in `items/`.
 
-mod items;
+pub(crate) mod items;
 
 use axum::body::Body;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
@@ -39,7 +39,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     Ok(())
 }
 
-fn router(sessions: SessionManager) -> Router {
+pub(crate) fn router(sessions: SessionManager) -> Router {
     Router::new()
         .route("/items", post(create).get(list))
         .route("/items/{id}", get(read).put(update).delete(delete))

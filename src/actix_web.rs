@@ -238,7 +238,7 @@ where
         request.extensions_mut().insert(scope.transaction().clone());
         let rest = self.inner.call(request);
         Box::pin(async move {
-            match scope.run(rest, |response| response.status().as_u16()).await {
+            match scope.run(rest, |response: &ServiceResponse<B>| response.status().as_u16()).await {
                 Ok(Ended::Response(response, None)) => Ok(response.map_into_boxed_body()),
                 Ok(Ended::Response(response, Some(hooks))) => Ok(response
                     .map_body(|_, body| BoxBody::new(WithHooks { body: body.boxed(), _hooks: hooks }))),

@@ -54,9 +54,10 @@
 //! transaction is rolled back.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use axum_core::BoxError;
 use axum_core::body::Body;
@@ -67,6 +68,7 @@ use http::header::{CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE
 use http::request::Parts;
 use http::{HeaderValue, Request, StatusCode, response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
+use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -75,7 +77,7 @@ use crate::health::Health;
 use crate::lazy_session::LazySession;
 use crate::manager::SessionManager;
 use crate::problem::{Problem, Problems};
-use crate::request::{AfterResponse, Ended, RequestTransaction, RequestTransactions, Tx};
+use crate::request::{AfterResponse, Ended, RequestTransaction, RequestTransactions, Scoped, Tx};
 use crate::session::Session;
 
 impl<S> FromRequestParts<S> for SessionManager
@@ -187,19 +189,15 @@ pub struct TransactionService<S> {
     inner: S,
 }
 
-type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
-
 impl<S, B, R> Service<Request<B>> for TransactionService<S>
 where
     S: Service<Request<B>, Response = http::Response<R>>,
-    S::Future: Send + 'static,
-    S::Error: Send + 'static,
     R: HttpBody<Data = Bytes> + Send + 'static,
     R::Error: Into<BoxError>,
 {
     type Response = Response;
     type Error = S::Error;
-    type Future = BoxFuture<Result<Response, S::Error>>;
+    type Future = TransactionFuture<S::Future, R, S::Error>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
@@ -208,19 +206,53 @@ where
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let scope = match self.settings.enter(request.extensions().get()) {
             Ok(scope) => scope,
-            Err(e) => return Box::pin(std::future::ready(Ok(e.into_response()))),
+            Err(e) => return TransactionFuture { scoped: None, refused: Some(e) },
         };
         request.extensions_mut().insert(scope.transaction().clone());
         let rest = self.inner.call(request);
-        Box::pin(async move {
-            match scope.run(rest, |response| response.status().as_u16()).await {
-                Ok(Ended::Response(response, None)) => Ok(response.map(Body::new)),
-                Ok(Ended::Response(response, Some(hooks))) => {
-                    Ok(response.map(|body| Body::new(WithHooks { body: Body::new(body), _hooks: hooks })))
-                }
-                Ok(Ended::Failed(e)) => Err(e),
-                Err(e) => Ok(e.into_response()),
+        let scoped = scope.run(rest, |response: &http::Response<R>| response.status().as_u16());
+        TransactionFuture { scoped: Some(scoped), refused: None }
+    }
+}
+
+pin_project! {
+    /// The future of a [`TransactionService`].
+    pub struct TransactionFuture<F, R, E> {
+        #[pin]
+        scoped: Option<Scoped<F, http::Response<R>, E>>,
+        refused: Option<Error>,
+    }
+}
+
+impl<F, R, E> fmt::Debug for TransactionFuture<F, R, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TransactionFuture").finish_non_exhaustive()
+    }
+}
+
+impl<F, R, E> Future for TransactionFuture<F, R, E>
+where
+    F: Future<Output = Result<http::Response<R>, E>>,
+    R: HttpBody<Data = Bytes> + Send + 'static,
+    R::Error: Into<BoxError>,
+{
+    type Output = Result<Response, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let ended = match (this.scoped.as_pin_mut(), this.refused.take()) {
+            (Some(scoped), _) => ready!(scoped.poll(cx)),
+            (None, Some(e)) => Err(e),
+            // It is polled again after its end.
+            (None, None) => return Poll::Pending,
+        };
+        Poll::Ready(match ended {
+            Ok(Ended::Response(response, None)) => Ok(response.map(Body::new)),
+            Ok(Ended::Response(response, Some(hooks))) => {
+                Ok(response.map(|body| Body::new(WithHooks { body: Body::new(body), _hooks: hooks })))
             }
+            Ok(Ended::Failed(e)) => Err(e),
+            Err(e) => Ok(e.into_response()),
         })
     }
 }
@@ -269,28 +301,46 @@ pub struct ProblemService<S> {
 impl<S, B, R> Service<Request<B>> for ProblemService<S>
 where
     S: Service<Request<B>, Response = http::Response<R>>,
-    S::Future: Send + 'static,
-    S::Error: Send + 'static,
     R: HttpBody<Data = Bytes> + Send + 'static,
     R::Error: Into<BoxError>,
 {
     type Response = Response;
     type Error = S::Error;
-    type Future = BoxFuture<Result<Response, S::Error>>;
+    type Future = ProblemFuture<S::Future>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let problems = self.problems.clone();
-        let rest = self.inner.call(request);
-        Box::pin(async move {
-            let (mut head, body) = rest.await?.into_parts();
-            Ok(match head.extensions.remove::<Problem>() {
-                Some(problem) => render(problems.apply(problem), head),
-                None => Response::from_parts(head, Body::new(body)),
-            })
-        })
+        ProblemFuture { rest: self.inner.call(request), problems: self.problems.clone() }
+    }
+}
+
+pin_project! {
+    /// The future of a [`ProblemService`].
+    #[derive(Debug)]
+    pub struct ProblemFuture<F> {
+        #[pin]
+        rest: F,
+        problems: Problems,
+    }
+}
+
+impl<F, R, E> Future for ProblemFuture<F>
+where
+    F: Future<Output = Result<http::Response<R>, E>>,
+    R: HttpBody<Data = Bytes> + Send + 'static,
+    R::Error: Into<BoxError>,
+{
+    type Output = Result<Response, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let mut response = ready!(this.rest.poll(cx))?;
+        Poll::Ready(Ok(match response.extensions_mut().remove::<Problem>() {
+            Some(problem) => render(this.problems.apply(problem), response.into_parts().0),
+            None => response.map(Body::new),
+        }))
     }
 }

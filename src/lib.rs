@@ -43,6 +43,8 @@
 //! | a function that takes a session or a transaction | `&`[`Connection`], or [`Executor`] |
 //! | the driver's client | [`Session::client`] |
 //! | numbers, an end in good order | [`SessionManager::status`], [`SessionManager::close`] |
+//! | a transaction for each HTTP request | `RequestTransactions` (feature `axum` or `actix-web`) |
+//! | an HTTP status for an error | `Problem`, `Problems` (feature `problem`) |
 //! | a server for tests | `testing::PgServer` and `testing::TestDatabase` (feature `testing`) |
 //!
 //! # What it does not do
@@ -56,7 +58,10 @@
 //!
 //! | feature | what it adds | extra dependencies | default |
 //! |---|---|---|---|
-//! | `testing` | a throw-away PostgreSQL server, and a database for each test (Unix) | `tempfile` | no |
+//! | `axum` | extractors, responses and layers for axum 0.8 | `axum-core`, `http`, `http-body`, `tower-layer`, `tower-service`, and those of `problem` | no |
+//! | `actix-web` | the same for actix-web 4 | `actix-web`, and those of `problem` | no |
+//! | `problem` | `Problem` and `Problems` alone: from an error to an HTTP status and body, for any framework | `serde`, `serde_json` | no |
+//! | `testing` | a throw-away server, a database or a sandbox for each test, fault injection (Unix) | `tempfile` | no |
 //!
 //! # Versions
 //!
@@ -88,6 +93,9 @@ mod connect;
 mod connection;
 mod error;
 mod executor;
+//GUIDE #[cfg(all(any(doc, doctest), feature = "axum", feature = "actix-web", feature = "testing"))]
+//GUIDE #[cfg_attr(docsrs, doc(cfg(doc)))]
+//GUIDE pub mod guide;
 #[cfg(any(feature = "axum", feature = "actix-web"))]
 mod health;
 #[cfg(any(feature = "axum", feature = "actix-web"))]

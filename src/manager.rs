@@ -1,8 +1,11 @@
 //! The one long-lived value: owns the pool, lends sessions.
 
 use std::fmt;
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use deadpool::Runtime;
@@ -13,7 +16,7 @@ use tracing::Instrument;
 
 use crate::config::SessionConfig;
 use crate::connection::{ConnectionManager, Counted};
-use crate::error::{AcquireError, AcquirePhase, Error};
+use crate::error::{AcquireError, AcquirePhase, ConnectError, Error};
 use crate::maintenance::Maintenance;
 use crate::observe;
 use crate::options::TransactionOptions;
@@ -39,6 +42,9 @@ use crate::transaction::{Run, Step, Transaction, held};
 pub struct SessionManager {
     inner: Arc<Inner>,
 }
+
+/// For those who do not want to wait.
+const AT_ONCE: Timeouts = Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
 
 struct Inner {
     pool: Pool<ConnectionManager>,
@@ -145,53 +151,67 @@ impl SessionManager {
 
     async fn acquire_within(&self, limit: Duration) -> Result<Session, Error> {
         let Inner { pool, config, .. } = &*self.inner;
-        let started = Instant::now();
-        let failed = |phase| {
-            let error = Error::Acquire(Box::new(AcquireError {
-                phase,
-                waited: started.elapsed(),
-                status: self.status(),
-                last_connect_error: pool.manager().last_error(),
-            }));
-            if phase != AcquirePhase::Closed {
-                observe::acquire_failed(&error);
-            }
-            error
-        };
         if held(pool.manager().register().id()) >= config.max_size {
-            return Err(failed(AcquirePhase::SelfDeadlock));
+            return Err(self.refused(AcquirePhase::SelfDeadlock, Duration::ZERO));
         }
-        let _waiter = match self.line_up() {
-            Ok(waiter) => waiter,
-            Err(TooMany) => return Err(failed(AcquirePhase::TooManyWaiters)),
+        // What is free is had at the first poll: then no clock is read, and no timer set.
+        let mut get = pin!(pool.timeout_get(&AT_ONCE));
+        let object = match poll_fn(|cx| Poll::Ready(get.as_mut().poll(cx))).await {
+            Poll::Ready(Ok(object)) => object,
+            Poll::Ready(Err(PoolError::Timeout(_))) => Box::pin(self.wait(limit)).await?,
+            Poll::Ready(Err(e)) => return Err(self.not_lent(e, Duration::ZERO)),
+            // There is a place, and a connection has to be made for it, or to show a sign of life.
+            Poll::Pending => {
+                let started = Instant::now();
+                match timeout(limit, get).await {
+                    Ok(object) => object.map_err(|e| self.not_lent(e, started.elapsed()))?,
+                    Err(_) => return Err(self.refused(AcquirePhase::Connecting, started.elapsed())),
+                }
+            }
         };
+        if Object::metrics(&object).recycle_count == 0 {
+            self.inner.maintenance.ensure_running(pool, config);
+        }
+        Ok(Session::new(object))
+    }
+
+    /// Waits in turn until a session comes back.
+    async fn wait(&self, limit: Duration) -> Result<Object<ConnectionManager>, Error> {
+        let Inner { pool, config, waiting, .. } = &*self.inner;
+        let (_waiter, before) = Counted::new(waiting);
+        if config.max_waiting.is_some_and(|limit| before >= limit) {
+            return Err(self.refused(AcquirePhase::TooManyWaiters, Duration::ZERO));
+        }
+        let started = Instant::now();
         let timeouts = Timeouts { wait: Some(limit), create: None, recycle: None };
         // Where both limits are reached at once, the inner one is seen first: so if it is the outer, the wait is over.
-        let object = std::pin::pin!(pool.timeout_get(&timeouts));
-        match timeout(limit, object).await {
-            Ok(Ok(object)) => {
-                if Object::metrics(&object).recycle_count == 0 {
-                    self.inner.maintenance.ensure_running(pool, config);
-                }
-                Ok(Session::new(object))
-            }
-            Ok(Err(PoolError::Backend(e))) => Err(Error::Connect(e)),
-            Ok(Err(PoolError::Closed)) => Err(failed(AcquirePhase::Closed)),
-            Ok(Err(_)) => Err(failed(AcquirePhase::Waiting)),
-            Err(_) if pool.is_closed() => Err(failed(AcquirePhase::Closed)),
-            Err(_) => Err(failed(AcquirePhase::Connecting)),
+        match timeout(limit, pin!(pool.timeout_get(&timeouts))).await {
+            Ok(object) => object.map_err(|e| self.not_lent(e, started.elapsed())),
+            Err(_) => Err(self.refused(AcquirePhase::Connecting, started.elapsed())),
         }
     }
 
-    /// Counts the caller among those that wait, if there is a limit to them and nothing is free.
-    fn line_up(&self) -> Result<Option<Counted<'_>>, TooMany> {
-        let Some(limit) = self.inner.config.max_waiting else { return Ok(None) };
-        let status = self.inner.pool.status();
-        if status.available > 0 || status.size < status.max_size {
-            return Ok(None);
+    fn not_lent(&self, error: PoolError<Arc<ConnectError>>, waited: Duration) -> Error {
+        match error {
+            PoolError::Backend(e) => Error::Connect(e),
+            PoolError::Closed => self.refused(AcquirePhase::Closed, waited),
+            _ => self.refused(AcquirePhase::Waiting, waited),
         }
-        let (waiter, before) = Counted::new(&self.inner.waiting);
-        if before >= limit { Err(TooMany) } else { Ok(Some(waiter)) }
+    }
+
+    fn refused(&self, phase: AcquirePhase, waited: Duration) -> Error {
+        let phase = if self.is_closed() { AcquirePhase::Closed } else { phase };
+        let last_connect_error = self.inner.pool.manager().last_error();
+        let error = Error::Acquire(Box::new(AcquireError {
+            phase,
+            waited,
+            status: self.status(),
+            last_connect_error,
+        }));
+        if phase != AcquirePhase::Closed {
+            observe::acquire_failed(&error);
+        }
+        error
     }
 
     /// Runs a unit of work on a session of its own; see [`Session::transaction`].
@@ -353,8 +373,6 @@ impl SessionManager {
         self.inner.pool.is_closed()
     }
 }
-
-struct TooMany;
 
 impl fmt::Debug for SessionManager {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -3,12 +3,15 @@
 use std::fmt;
 use std::future::Future;
 use std::ops::Deref;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use pin_project_lite::pin_project;
 use tokio::runtime::Handle;
-use tokio::time::timeout;
+use tokio::time::{Sleep, sleep};
 use tracing::Instrument;
 
 use crate::error::Error;
@@ -45,7 +48,7 @@ use crate::transaction::{Hooks, Transaction};
 #[must_use]
 pub struct RequestTransactions {
     sessions: SessionManager,
-    options: Option<TransactionOptions>,
+    options: Option<Arc<TransactionOptions>>,
     hooks_after_response: bool,
 }
 
@@ -58,7 +61,7 @@ impl RequestTransactions {
     /// The options: isolation level, access mode, local settings, and a deadline, which counts from the arrival of the
     /// request. A retry policy has no effect.
     pub fn options(mut self, options: TransactionOptions) -> Self {
-        self.options = Some(options);
+        self.options = Some(Arc::new(options));
         self
     }
 
@@ -74,8 +77,6 @@ impl RequestTransactions {
 
     /// The scope of a request that comes in with this transaction, if an outer layer has made one.
     pub(crate) fn enter(&self, outer: Option<&RequestTransaction>) -> Result<Scope, Error> {
-        let options = self.options.as_ref().unwrap_or(&self.sessions.config().transactions);
-        let deadline = options.deadline;
         let (transaction, outermost) = match outer {
             Some(outer) if outer.is_of(&self.sessions) => {
                 if let Some(options) = &self.options {
@@ -83,10 +84,11 @@ impl RequestTransactions {
                 }
                 (outer.clone(), false)
             }
-            _ => (RequestTransaction::new(self.sessions.clone(), options.clone()), true),
+            _ => (RequestTransaction::new(self.sessions.clone(), self.options.clone()), true),
         };
+        let options = self.options.as_deref().unwrap_or(&self.sessions.config().transactions);
         let hooks_after_response = self.hooks_after_response;
-        Ok(Scope { transaction, outermost, deadline, hooks_after_response })
+        Ok(Scope { transaction, outermost, deadline: options.deadline, hooks_after_response })
     }
 }
 
@@ -104,7 +106,8 @@ struct Shared {
 }
 
 enum State {
-    Unused(TransactionOptions),
+    /// With options of its own, or the manager's.
+    Unused(Option<Arc<TransactionOptions>>),
     Begun(Arc<Inner>),
     Over,
 }
@@ -117,7 +120,7 @@ struct Inner {
 }
 
 impl RequestTransaction {
-    fn new(sessions: SessionManager, options: TransactionOptions) -> Self {
+    fn new(sessions: SessionManager, options: Option<Arc<TransactionOptions>>) -> Self {
         let state = Mutex::new(State::Unused(options));
         Self { shared: Arc::new(Shared { sessions, state, beginning: tokio::sync::Mutex::default() }) }
     }
@@ -133,10 +136,10 @@ impl RequestTransaction {
     }
 
     /// Chooses the options, before it begins.
-    fn choose(&self, options: &TransactionOptions) -> Result<(), Error> {
+    fn choose(&self, options: &Arc<TransactionOptions>) -> Result<(), Error> {
         match &mut *self.state() {
             State::Unused(chosen) => {
-                *chosen = options.clone();
+                *chosen = Some(Arc::clone(options));
                 Ok(())
             }
             State::Begun(_) => Err(Error::config(
@@ -163,8 +166,10 @@ impl RequestTransaction {
             State::Begun(inner) => return Ok(Tx { inner: Arc::clone(inner) }),
             State::Over => return Err(Self::over()),
         };
+        let sessions = &self.shared.sessions;
+        let options = options.as_deref().unwrap_or(&sessions.config().transactions);
         let span = observe::transaction(options.name.as_deref(), options.level());
-        let transaction = self.shared.sessions.begin_with(&options).await?;
+        let transaction = sessions.begin_with(options).await?;
         let inner = Inner { transaction, span, rollback_only: false.into(), nested: false.into() };
         let inner = Arc::new(inner);
         let mut state = self.state();
@@ -265,36 +270,38 @@ impl Scope {
     }
 
     /// Runs the rest of the request, and ends the transaction as its response says.
-    pub(crate) async fn run<R, E>(
-        mut self,
-        rest: impl Future<Output = Result<R, E>>,
-        status: impl FnOnce(&R) -> u16,
-    ) -> Result<Ended<R, E>, Error> {
-        let result = match self.deadline {
-            None => rest.await,
-            // What it runs is cancelled as it is dropped.
-            Some(after) => match timeout(after, rest).await {
-                Ok(result) => result,
-                Err(_) => {
-                    self.roll_back().await;
-                    return Err(Error::DeadlineExceeded { after, attempts: 1 });
-                }
-            },
-        };
-        match result {
-            Ok(response) if status(&response) < 400 => {
-                let hooks = self.commit().await?;
-                Ok(Ended::Response(response, hooks))
-            }
-            Ok(response) => {
-                self.roll_back().await;
-                Ok(Ended::Response(response, None))
-            }
-            Err(e) => {
-                self.roll_back().await;
-                Ok(Ended::Failed(e))
-            }
+    pub(crate) fn run<F, R, E>(self, rest: F, status: fn(&R) -> u16) -> Scoped<F, R, E>
+    where
+        F: Future<Output = Result<R, E>>,
+    {
+        let deadline = self.deadline.map(|after| (after, Box::pin(sleep(after))));
+        Scoped { rest: Some(rest), status, scope: Some(self), deadline, result: None, ending: None }
+    }
+
+    /// Whether there is nothing to be ended here; then it is too late to begin.
+    fn is_over(&self) -> bool {
+        if !self.outermost {
+            return true;
         }
+        let mut state = self.transaction.state();
+        let unused = !matches!(*state, State::Begun(_));
+        if unused {
+            *state = State::Over;
+        }
+        unused
+    }
+
+    async fn end_with(mut self, success: bool) -> Result<Option<AfterResponse>, Error> {
+        if success {
+            return self.commit().await;
+        }
+        self.roll_back().await;
+        Ok(None)
+    }
+
+    async fn give_up(mut self, after: Duration) -> Result<Option<AfterResponse>, Error> {
+        self.roll_back().await;
+        Err(Error::DeadlineExceeded { after, attempts: 1 })
     }
 
     async fn commit(&mut self) -> Result<Option<AfterResponse>, Error> {
@@ -355,6 +362,62 @@ impl Drop for Scope {
         // The request was dropped, or a panic unwinds: dropping the transaction rolls it back.
         if let Ok(Some(inner)) = self.end() {
             observe::transaction_ended(&inner.span, 1, Outcome::RolledBack);
+        }
+    }
+}
+
+pin_project! {
+    /// A request within its scope. A request that does not use its transaction is polled straight through.
+    pub(crate) struct Scoped<F, R, E> {
+        // Dropped before the scope: what it runs is cancelled, then the transaction rolled back.
+        #[pin]
+        rest: Option<F>,
+        status: fn(&R) -> u16,
+        scope: Option<Scope>,
+        deadline: Option<(Duration, Pin<Box<Sleep>>)>,
+        result: Option<Result<R, E>>,
+        ending: Option<Pin<Box<dyn Future<Output = Result<Option<AfterResponse>, Error>> + Send>>>,
+    }
+}
+
+impl<F, R, E> Future for Scoped<F, R, E>
+where
+    F: Future<Output = Result<R, E>>,
+{
+    type Output = Result<Ended<R, E>, Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        if let Some(rest) = this.rest.as_mut().as_pin_mut() {
+            let result = match (rest.poll(cx), &mut this.deadline) {
+                (Poll::Ready(result), _) => Some(result),
+                (Poll::Pending, None) => return Poll::Pending,
+                (Poll::Pending, Some((_, deadline))) => {
+                    ready!(deadline.as_mut().poll(cx));
+                    None
+                }
+            };
+            this.rest.set(None);
+            *this.ending = match (this.scope.take(), &result, &this.deadline) {
+                (Some(scope), Some(_), _) if scope.is_over() => None,
+                (Some(scope), Some(result), _) => {
+                    let success = result.as_ref().is_ok_and(|response| (this.status)(response) < 400);
+                    Some(Box::pin(scope.end_with(success)))
+                }
+                (Some(scope), None, Some((after, _))) => Some(Box::pin(scope.give_up(*after))),
+                _ => None,
+            };
+            *this.result = result;
+        }
+        let hooks = match &mut this.ending {
+            Some(ending) => ready!(ending.as_mut().poll(cx))?,
+            None => None,
+        };
+        match this.result.take() {
+            Some(Ok(response)) => Poll::Ready(Ok(Ended::Response(response, hooks))),
+            Some(Err(e)) => Poll::Ready(Ok(Ended::Failed(e))),
+            // It is polled again after its end.
+            None => Poll::Pending,
         }
     }
 }

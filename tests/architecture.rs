@@ -40,6 +40,7 @@ const HOUSE: &[(&str, &[&str])] = &[
     ("request", &["error", "manager", "observe", "options", "transaction"]),
     ("axum", EDGE),
     ("actix_web", EDGE),
+    ("guide", &[]),
 ];
 
 /// What an adapter may look into: the rooms behind every adapter, and no other adapter.

@@ -225,3 +225,21 @@ async fn functions_may_be_generic_over_what_they_run_on() {
         .unwrap();
     assert_eq!(sum, 6);
 }
+
+#[tokio::test]
+async fn a_statement_outside_a_transaction_is_done_only_once_it_is_committed() {
+    let db = Database::new().await;
+    db.run("CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE b (a int REFERENCES a DEFERRABLE INITIALLY DEFERRED)")
+        .await;
+    let session = db.sessions().acquire().await.unwrap();
+    // The server says INSERT 0 1, and checks the constraint as it commits.
+    let sql = "INSERT INTO b VALUES (1)";
+    for _ in 0..2 {
+        assert!(session.execute(sql, &[]).await.unwrap_err().is_foreign_key_violation());
+        assert!(session.query(sql, &[]).await.unwrap_err().is_foreign_key_violation());
+    }
+    let sql = "INSERT INTO b VALUES (1) RETURNING a";
+    assert!(session.query_one(sql, &[]).await.unwrap_err().is_foreign_key_violation());
+    assert!(session.query_opt(sql, &[]).await.unwrap_err().is_foreign_key_violation());
+    assert_eq!(db.number("SELECT count(*) FROM b").await, 0);
+}

@@ -42,7 +42,7 @@ pub async fn database() -> Result<(SessionManager, Option<PgServer>), Box<dyn Er
 }
 
 /// Several instances may start at once: one migrates, the others wait and find it done.
-async fn migrate(sessions: &SessionManager) -> Result<(), Box<dyn Error + Send + Sync>> {
+pub async fn migrate(sessions: &SessionManager) -> Result<(), Box<dyn Error + Send + Sync>> {
     let mut session = sessions.acquire().await?;
     session.execute("SELECT pg_advisory_lock(7470)", &[]).await?;
     let report = migrations::runner().run_async(session.client().await?).await?;
