@@ -620,12 +620,12 @@ impl Conversation {
                 self.complete("ROLLBACK");
                 Ok(true)
             }
-            Kind::Savepoint if matches!(self.block, Block::Idle | Block::Implicit) => {
-                let message = "savepoints can only be used in transaction blocks";
+            Kind::Savepoint(name) if matches!(self.block, Block::Idle | Block::Implicit) => {
+                let message = format!("{name} can only be used in transaction blocks");
                 self.fail(&Report::new("25P01", message, "")).await?;
                 Ok(false)
             }
-            Kind::Savepoint => self.pass_on(statement, false).await,
+            Kind::Savepoint(_) => self.pass_on(statement, false).await,
             Kind::SetTransaction(modes) => self.set_transaction(modes).await,
             Kind::Refused(what) => {
                 self.fail(&refused(what)).await?;
@@ -1134,7 +1134,7 @@ fn refused(what: &str) -> Report {
 /// What cannot be prepared, since it must not reach the server.
 fn refuse_prepared(statement: &SqlStatement<'_>) -> Option<Report> {
     let what = match statement.kind() {
-        Kind::Other | Kind::Savepoint => return None,
+        Kind::Other | Kind::Savepoint(_) => return None,
         Kind::SetTransaction(modes) if modes.level.is_none() => return None,
         Kind::Refused(what) => what,
         Kind::Begin { .. } | Kind::Commit | Kind::Rollback | Kind::SetTransaction(_) => "transaction control",

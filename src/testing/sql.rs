@@ -51,8 +51,8 @@ pub(super) enum Kind {
     Commit,
     /// ROLLBACK or ABORT.
     Rollback,
-    /// SAVEPOINT, RELEASE or ROLLBACK TO.
-    Savepoint,
+    /// SAVEPOINT, RELEASE or ROLLBACK TO, by the name it has in errors.
+    Savepoint(&'static str),
     /// SET TRANSACTION.
     SetTransaction(Modes),
     /// What cannot be had in a part of a transaction: the reason.
@@ -106,8 +106,11 @@ impl SqlStatement<'_> {
         if first("prepare") && second("transaction") {
             return Kind::Refused(TWO_PHASE);
         }
-        if first("savepoint") || first("release") {
-            return Kind::Savepoint;
+        if first("savepoint") {
+            return Kind::Savepoint("SAVEPOINT");
+        }
+        if first("release") {
+            return Kind::Savepoint("RELEASE SAVEPOINT");
         }
         if first("deallocate") && (second("all") || second("prepare") && self.word(2, "all")) {
             return Kind::Refused("DEALLOCATE ALL, which would take the statements of other sessions along,");
@@ -125,7 +128,7 @@ impl SqlStatement<'_> {
         }
         let at = 1 + usize::from(second("work") || second("transaction"));
         if rollback && self.word(at, "to") {
-            return Kind::Savepoint;
+            return Kind::Savepoint("ROLLBACK TO SAVEPOINT");
         }
         if self.word(at, "prepared") {
             return Kind::Refused(TWO_PHASE);
@@ -500,10 +503,10 @@ mod tests {
             ("COMMIT PREPARED 'x'", Kind::Refused(TWO_PHASE)),
             ("PREPARE TRANSACTION 'x'", Kind::Refused(TWO_PHASE)),
             ("ROLLBACK nonsense", Kind::Refused(ODD)),
-            ("ROLLBACK TO SAVEPOINT a", Kind::Savepoint),
-            ("ROLLBACK WORK TO a", Kind::Savepoint),
-            ("RELEASE a", Kind::Savepoint),
-            ("SAVEPOINT a", Kind::Savepoint),
+            ("ROLLBACK TO SAVEPOINT a", Kind::Savepoint("ROLLBACK TO SAVEPOINT")),
+            ("ROLLBACK WORK TO a", Kind::Savepoint("ROLLBACK TO SAVEPOINT")),
+            ("RELEASE a", Kind::Savepoint("RELEASE SAVEPOINT")),
+            ("SAVEPOINT a", Kind::Savepoint("SAVEPOINT")),
             ("BEGIN nonsense", Kind::Other),
             ("START", Kind::Other),
             ("PREPARE transaction_by_id AS SELECT 1", Kind::Other),
