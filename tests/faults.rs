@@ -296,7 +296,7 @@ async fn a_copy_is_a_statement_that_can_fail() {
     for case in Case::both().await {
         case.faults.fail_statement(1, UNIQUE);
         let session = case.sessions.acquire().await.unwrap();
-        let error = session.copy_in("COPY t FROM STDIN").await.err().expect("failed");
+        let error = session.copy_in("COPY t FROM STDIN").await.expect_err("failed");
         assert!(error.is_unique_violation(), "{error}");
         drop(session);
         let session = case.sessions.acquire().await.unwrap();

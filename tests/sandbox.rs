@@ -908,6 +908,53 @@ async fn statements_of_the_same_name_are_not_mixed_up_and_go_with_their_session(
 }
 
 #[tokio::test]
+async fn portals_are_read_in_parts() {
+    let database = database().await;
+    let sandbox = sandbox(&database).await;
+    let mut client = connect(&sandbox.url()).await;
+    let tx = client.transaction().await.unwrap();
+    let portal = tx.bind("SELECT * FROM generate_series(1, 5)", &[]).await.unwrap();
+    for expected in [&[1, 2][..], &[3, 4], &[5]] {
+        let rows = tx.query_portal(&portal, 2).await.unwrap();
+        assert_eq!(rows.iter().map(|row| row.get::<_, i32>(0)).collect::<Vec<_>>(), expected);
+    }
+    tx.commit().await.unwrap();
+    within(sandbox.finish()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_role_with_few_rights_and_a_role_for_one_transaction_do() {
+    let database = database().await;
+    let role = format!("role_of_{}", database.database.name());
+    database
+        .run(&format!(
+            "CREATE ROLE {role} LOGIN; GRANT ALL ON ALL TABLES IN SCHEMA public TO {role};
+             CREATE SCHEMA hidden; CREATE TABLE hidden.t (id int UNIQUE DEFERRABLE);"
+        ))
+        .await;
+    // Its sessions are not the superuser's, to whom all is allowed.
+    let limited =
+        Sandbox::start(&database.database.url().replace("postgres@", &format!("{role}@"))).await.unwrap();
+    insert(&limited.sessions(), 1).await.unwrap();
+    within(limited.finish()).await.unwrap();
+
+    let sandbox = sandbox(&database).await;
+    let client = connect(&sandbox.url()).await;
+    client
+        .batch_execute(&format!("BEGIN; SET LOCAL ROLE {role}; INSERT INTO t (id) VALUES (1); COMMIT"))
+        .await
+        .unwrap();
+    assert_eq!(simple(&client, "SELECT current_user").await, ["postgres", "(1)"]);
+    // Constraints are as they were, also where that role cannot look.
+    client.batch_execute("BEGIN; INSERT INTO hidden.t VALUES (1)").await.unwrap();
+    let error = client.batch_execute("INSERT INTO hidden.t VALUES (1)").await.unwrap_err();
+    assert_eq!(code(&error), "23505");
+    client.batch_execute("ROLLBACK").await.unwrap();
+    within(sandbox.finish()).await.unwrap();
+    database.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+}
+
+#[tokio::test]
 async fn what_would_reach_the_outer_transaction_is_refused() {
     let database = database().await;
     let sandbox = sandbox(&database).await;

@@ -13,7 +13,8 @@ use super::{
     backend::lock,
     relay::{Mode, Relay},
 };
-use crate::{config::SessionConfig, manager::SessionManager};
+use crate::config::SessionConfig;
+use crate::manager::SessionManager;
 
 /// Makes statements, commits and acquires go wrong, and counts them; of a [`Sandbox`](super::Sandbox) or a
 /// [`FaultProxy`].

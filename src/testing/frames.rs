@@ -8,6 +8,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, Wr
 /// How much is kept for a peer that does not read, or read ahead from one that is not listened to.
 const ROOM: usize = 256 * 1024;
 
+/// How much is read at once.
+const READ: usize = 16 * 1024;
+
 /// No frame of PostgreSQL's is larger.
 const FRAME_MAX: usize = 1 << 30;
 
@@ -50,7 +53,7 @@ impl Peer {
         Self { read, write, inbox: BytesMut::new(), outbox: BytesMut::new(), ended: false }
     }
 
-    /// Length of the first frame from `skip` on, the tag included, if all of it is here.
+    /// The length of the first frame, whose tag is so many bytes long, if all of it is here.
     fn complete(&self, tag: usize) -> io::Result<Option<usize>> {
         let Some(length) = self.inbox.get(tag..).and_then(|rest| rest.first_chunk::<4>()) else {
             return Ok(None);
@@ -68,7 +71,7 @@ impl Peer {
         Ok(length.map(|length| Frame(self.inbox.split_to(length).freeze())))
     }
 
-    /// The first message of a client has no tag; without its length.
+    /// Takes the first message of a client, which has no tag, with its length.
     pub(super) fn pop_startup(&mut self) -> io::Result<Option<Bytes>> {
         let length = self.complete(0)?;
         Ok(length.map(|length| self.inbox.split_to(length).freeze()))
@@ -114,6 +117,9 @@ impl Peer {
     /// Reads no more than there is room for, except to complete a frame.
     pub(super) async fn step(&mut self, read: bool) -> io::Result<()> {
         let read = read && !self.ended && (self.inbox.len() < ROOM || self.complete(1)?.is_none());
+        if read {
+            self.inbox.reserve(READ);
+        }
         tokio::select! {
             n = self.read.read_buf(&mut self.inbox), if read => self.ended = n? == 0,
             n = self.write.write_buf(&mut self.outbox), if !self.outbox.is_empty() => {

@@ -34,7 +34,9 @@
 //! In both, [`Faults`] makes statements and commits fail, answers get lost and acquires take long, and counts attempts.
 
 mod backend;
+mod batch;
 mod binaries;
+mod block;
 mod client;
 mod database;
 mod error;

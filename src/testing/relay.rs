@@ -278,9 +278,6 @@ impl Common {
     async fn end(&self, open: usize) -> Result<(), SandboxError> {
         let broken = |why: String| SandboxError::Broken(why);
         let mut backend = self.backend.lock().await;
-        if let Some(why) = lock(&self.broken).clone() {
-            return Err(broken(why));
-        }
         let end = async {
             backend.settle().await?;
             let check =
@@ -291,6 +288,9 @@ impl Common {
         };
         let ended: std::io::Result<_> =
             timeout(END_LIMIT, end).await.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
+        if let Some(why) = lock(&self.broken).clone() {
+            return Err(broken(why));
+        }
         match ended {
             Err(error) => Err(broken(backend.why_gone(&error))),
             Ok(_) if open > 0 => Err(SandboxError::InTransaction { sessions: open }),

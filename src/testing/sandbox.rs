@@ -8,7 +8,9 @@ use super::{
     Faults,
     relay::{Mode, Relay},
 };
-use crate::{config::SessionConfig, error::Error, manager::SessionManager};
+use crate::config::SessionConfig;
+use crate::error::Error;
+use crate::manager::SessionManager;
 
 /// One outer transaction that all sessions of a test share and that is rolled back at its end.
 ///
@@ -76,12 +78,14 @@ use crate::{config::SessionConfig, error::Error, manager::SessionManager};
 /// - `now()` stands still; use `clock_timestamp()` where time must pass.
 /// - Notifications are never delivered, since nothing is committed.
 /// - Session settings, roles, temporary tables and advisory locks are shared by all sessions of the sandbox.
+/// - Temporary tables made with `ON COMMIT DROP` stay until they are dropped, or their session is reset.
 /// - Sequences are not rolled back.
 /// - What refuses to run in a transaction block cannot run: `VACUUM`, `CREATE DATABASE`, `CREATE INDEX CONCURRENTLY`,
 ///   `COMMIT` in a procedure.
 /// - Rows that others commit after the sandbox has begun are not seen, unless its
 ///   [`isolation_level`](SandboxBuilder::isolation_level) is READ COMMITTED.
-/// - Two sandboxes that write the same unique key wait for each other.
+/// - Locks are held until the sandbox ends: two that write the same unique key or row, or take the same advisory lock,
+///   wait for each other.
 /// - BEGIN, COMMIT and ROLLBACK must come as simple queries, as this crate and tokio-postgres send them; prepared ones
 ///   are refused with SQLSTATE 0A000, as are `AND CHAIN`, two-phase commit and `DEALLOCATE ALL`.
 /// - `default_transaction_isolation` and the like have no effect, nor have start-up options of clients. Role and
