@@ -270,9 +270,8 @@ async fn looking_up_types_is_not_counted() {
         let session = case.sessions.acquire().await.unwrap();
         session.batch_execute("CREATE TYPE mood AS ENUM ('sad', 'happy')").await.unwrap();
         case.faults.reset();
-        case.faults.fail_statement(1, UNIQUE);
-        let error = session.query("SELECT 'sad'::mood", &[]).await.unwrap_err();
-        assert!(error.is_unique_violation(), "{error}");
+        case.faults.fail_statement(2, UNIQUE);
+        session.query("SELECT 'sad'::mood", &[]).await.unwrap();
         assert_eq!(case.faults.statements(), 1);
         drop(session);
         case.done().await;

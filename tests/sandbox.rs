@@ -14,6 +14,7 @@ use futures_util::{SinkExt, StreamExt};
 use pg_session::testing::{Sandbox, SandboxError};
 use pg_session::tokio_postgres::{Client, SimpleQueryMessage, error::SqlState};
 use pg_session::{Error, IsolationLevel, Session, SessionManager, TransactionOptions};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 async fn database() -> Database {
     let database = Database::new().await;
@@ -96,8 +97,10 @@ async fn everything_is_gone_after_drop_in_the_middle_of_a_transaction() {
     let mut session = sessions.acquire().await.unwrap();
     let tx = session.begin().await.unwrap();
     tx.execute("INSERT INTO t (id) VALUES (1)", &[]).await.unwrap();
+    let pid: i32 = tx.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
     drop(sandbox);
     // At once: dropping has waited for it.
+    assert_eq!(database.number(&format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {pid}")).await, 0);
     database.run("SET lock_timeout = '1ms'; INSERT INTO t (id) VALUES (1)").await;
     assert_eq!(outside(&database).await, 1);
 }
@@ -952,6 +955,118 @@ async fn a_role_with_few_rights_and_a_role_for_one_transaction_do() {
     client.batch_execute("ROLLBACK").await.unwrap();
     within(sandbox.finish()).await.unwrap();
     database.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+}
+
+/// A client that speaks the protocol by hand, where the driver would choose for itself.
+struct Raw(tokio::net::TcpStream);
+
+impl Raw {
+    async fn connect(sandbox: &Sandbox, database: &Database) -> Self {
+        let url = sandbox.url();
+        let address = url.split(['@', '/']).nth(3).expect("an address");
+        let mut stream = tokio::net::TcpStream::connect(address).await.expect("a socket");
+        let parameters = format!("user\0postgres\0database\0{}\0\0", database.database.name());
+        let length = i32::try_from(parameters.len() + 8).expect("short");
+        stream
+            .write_all(&[&length.to_be_bytes(), &196_608i32.to_be_bytes(), parameters.as_bytes()].concat())
+            .await
+            .unwrap();
+        let mut raw = Self(stream);
+        raw.until(b'Z').await;
+        raw
+    }
+
+    async fn send(&mut self, messages: &[(u8, &[u8])]) {
+        for (tag, body) in messages {
+            let length = i32::try_from(body.len() + 4).expect("short");
+            self.0.write_all(&[&[*tag][..], &length.to_be_bytes(), body].concat()).await.unwrap();
+        }
+    }
+
+    /// The tags and bodies up to one of this tag.
+    async fn until(&mut self, last: u8) -> Vec<(u8, Vec<u8>)> {
+        let mut frames = Vec::new();
+        within(async {
+            while frames.last().is_none_or(|(tag, _)| *tag != last) {
+                let tag = self.0.read_u8().await.expect("an answer");
+                let length = self.0.read_i32().await.expect("a length");
+                let mut body = vec![0; usize::try_from(length).expect("a length") - 4];
+                self.0.read_exact(&mut body).await.expect("a body");
+                frames.push((tag, body));
+            }
+        })
+        .await;
+        frames
+    }
+}
+
+fn tags(frames: &[(u8, Vec<u8>)]) -> String {
+    frames.iter().map(|(tag, _)| char::from(*tag)).collect()
+}
+
+#[tokio::test]
+async fn clients_may_choose_the_same_names() {
+    let database = database().await;
+    let sandbox = sandbox(&database).await;
+    let mut clients = [Raw::connect(&sandbox, &database).await, Raw::connect(&sandbox, &database).await];
+    for (client, sql) in clients.iter_mut().zip(["x\0SELECT 'one'\0\0\0", "x\0SELECT 'two'\0\0\0"]) {
+        client.send(&[(b'P', sql.as_bytes()), (b'D', b"Sx\0"), (b'S', b"")]).await;
+        assert_eq!(tags(&client.until(b'Z').await), "1tTZ");
+    }
+    for (client, value) in clients.iter_mut().zip([b"one", b"two"]) {
+        for _ in 0..2 {
+            client
+                .send(&[
+                    (b'B', b"p\0x\0\0\0\0\0\0\0"),
+                    (b'H', b""),
+                    (b'E', b"p\0\0\0\0\0"),
+                    (b'C', b"Pp\0"),
+                    (b'S', b""),
+                ])
+                .await;
+            let answer = client.until(b'Z').await;
+            assert_eq!(tags(&answer), "2DC3Z");
+            assert!(answer[1].1.ends_with(value));
+        }
+    }
+    // An error skips what follows, up to Sync; and what is refused here does, too.
+    let client = &mut clients[0];
+    for sql in [&b"\0nonsense\0\0\0"[..], b"\0COMMIT\0\0\0"] {
+        let bind = &b"\0x\0\0\0\0\0\0\0"[..];
+        client.send(&[(b'B', bind), (b'P', sql), (b'B', bind), (b'E', b"\0\0\0\0\0"), (b'S', b"")]).await;
+        assert_eq!(tags(&client.until(b'Z').await), "2EZ");
+    }
+    client.send(&[(b'C', b"Sx\0"), (b'S', b"")]).await;
+    assert_eq!(tags(&client.until(b'Z').await), "3Z");
+    within(sandbox.finish()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_sync_before_the_data_of_a_copy_is_ignored_whenever_it_comes() {
+    let database = database().await;
+    let sandbox = sandbox(&database).await;
+    let mut client = Raw::connect(&sandbox, &database).await;
+    let start: &[(u8, &[u8])] =
+        &[(b'P', b"\0COPY t (id) FROM STDIN\0\0\0"), (b'B', b"\0\0\0\0\0\0\0\0"), (b'E', b"\0\0\0\0\0")];
+    let data: &[(u8, &[u8])] = &[(b'd', b"1\n"), (b'c', b""), (b'S', b"")];
+    let sync: &[(u8, &[u8])] = &[(b'S', b""), (b'H', b"")];
+    for early in [true, false] {
+        client.send(start).await;
+        if early {
+            client.send(&sync[..1]).await;
+        } else {
+            client.send(&sync[1..]).await;
+        }
+        assert_eq!(tags(&client.until(b'G').await), "12G");
+        if !early {
+            client.send(sync).await;
+        }
+        client.send(data).await;
+        assert_eq!(tags(&client.until(b'Z').await), "CZ");
+        client.send(&[(b'Q', b"DELETE FROM t\0")]).await;
+        assert_eq!(client.until(b'Z').await[0].1, b"DELETE 1\0");
+    }
+    within(sandbox.finish()).await.unwrap();
 }
 
 #[tokio::test]

@@ -280,22 +280,18 @@ impl Common {
         let mut backend = self.backend.lock().await;
         let end = async {
             backend.settle().await?;
-            let check =
-                if open == 0 { Some(backend.run("SET CONSTRAINTS ALL IMMEDIATE").await?) } else { None };
-            backend.run("ROLLBACK").await?;
-            backend.part().await?;
-            Ok(check)
+            // Which rolls back.
+            backend.part().await
         };
-        let ended: std::io::Result<_> =
+        let ended =
             timeout(END_LIMIT, end).await.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
         if let Some(why) = lock(&self.broken).clone() {
             return Err(broken(why));
         }
         match ended {
             Err(error) => Err(broken(backend.why_gone(&error))),
-            Ok(_) if open > 0 => Err(SandboxError::InTransaction { sessions: open }),
-            Ok(Some(check)) if check.failed => Err(SandboxError::refused(&check.error)),
-            Ok(_) => Ok(()),
+            Ok(()) if open > 0 => Err(SandboxError::InTransaction { sessions: open }),
+            Ok(()) => Ok(()),
         }
     }
 }

@@ -151,12 +151,12 @@ impl Sandbox {
     /// Rolls everything back, and complains of what a test should not leave behind.
     ///
     /// Dropping the sandbox rolls back as well, also while panicking, and complains of nothing. Its sessions end.
+    /// Deferred constraints need no check here: every commit has made it.
     ///
     /// # Errors
     ///
     /// - [`InTransaction`](SandboxError::InTransaction): sessions were in a transaction still, after 2 s of waiting for
     ///   those that are being given up in the background.
-    /// - [`Refused`](SandboxError::Refused): a deferred constraint is violated.
     /// - [`Broken`](SandboxError::Broken): the outer transaction had ended, or its connection was lost.
     ///
     /// # Cancel safety
@@ -252,7 +252,7 @@ pub enum SandboxError {
     #[error("could not log in to the server")]
     LogIn(#[source] tokio_postgres::Error),
 
-    /// The server refused to begin the outer transaction, or a deferred constraint was violated at its end.
+    /// The server refused to begin the outer transaction.
     #[error("the server refused: {message} (SQLSTATE {})", code.code())]
     Refused {
         /// The SQLSTATE.
