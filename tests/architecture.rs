@@ -33,7 +33,7 @@ const HOUSE: &[(&str, &[&str])] = &[
             "transaction",
         ],
     ),
-    ("testing", &[]),
+    ("testing", &["config", "error", "manager"]),
     ("problem", &["error", "observe"]),
     ("health", &["manager", "problem"]),
     ("lazy_session", &["error", "manager", "session"]),

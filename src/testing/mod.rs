@@ -24,13 +24,32 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! Two relays stand between a test and a database:
+//!
+//! - [`Sandbox`]: all sessions of a test share one transaction that is rolled back at its end, while the code under test
+//!   commits and rolls back as it likes. One migrated database serves all tests, in parallel.
+//! - [`FaultProxy`]: passes everything on.
+//!
+//! In both, [`Faults`] makes statements and commits fail, answers get lost and acquires take long, and counts attempts.
 
+mod backend;
+mod batch;
 mod binaries;
+mod block;
+mod client;
 mod database;
 mod error;
+mod faults;
+mod frames;
 mod process;
+mod relay;
+mod sandbox;
 mod server;
+mod sql;
 
 pub use database::{Template, TestDatabase};
 pub use error::PgServerError;
+pub use faults::{FaultProxy, Faults};
+pub use sandbox::{Sandbox, SandboxBuilder, SandboxError};
 pub use server::{PgServer, PgServerBuilder};

@@ -1,0 +1,547 @@
+//! SQL text as far as the relay must understand it: where a statement ends, and what kind it is.
+
+use tokio_postgres::IsolationLevel;
+
+/// An isolation level as PostgreSQL has them, weakest first: READ UNCOMMITTED is READ COMMITTED (manual, chapter 13.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Level {
+    ReadCommitted,
+    RepeatableRead,
+    Serializable,
+}
+
+impl Level {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::ReadCommitted => "READ COMMITTED",
+            Self::RepeatableRead => "REPEATABLE READ",
+            Self::Serializable => "SERIALIZABLE",
+        }
+    }
+}
+
+impl From<IsolationLevel> for Level {
+    fn from(level: IsolationLevel) -> Self {
+        match level {
+            IsolationLevel::Serializable => Self::Serializable,
+            IsolationLevel::RepeatableRead => Self::RepeatableRead,
+            _ => Self::ReadCommitted,
+        }
+    }
+}
+
+/// One statement of a simple query.
+#[derive(Debug)]
+pub(super) struct SqlStatement<'a> {
+    /// Where it begins in the query.
+    pub(super) start: usize,
+    pub(super) text: &'a str,
+    tokens: Vec<Token<'a>>,
+}
+
+/// What a statement is to the relay.
+#[derive(Debug, PartialEq)]
+pub(super) enum Kind {
+    /// BEGIN, or START TRANSACTION, which has a tag of its own.
+    Begin {
+        start: bool,
+        modes: Modes,
+    },
+    /// COMMIT or END.
+    Commit,
+    /// ROLLBACK or ABORT.
+    Rollback,
+    /// SAVEPOINT, RELEASE or ROLLBACK TO, by the name it has in errors.
+    Savepoint(&'static str),
+    /// SET TRANSACTION.
+    SetTransaction(Modes),
+    /// What cannot be had in a part of a transaction: the reason.
+    Refused(&'static str),
+    Other,
+}
+
+/// The modes of a transaction; DEFERRABLE is understood and has no effect here.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Modes {
+    pub(super) level: Option<Level>,
+    pub(super) read_only: Option<bool>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Token<'a> {
+    Word(&'a str),
+    /// A quoted identifier, without its quotes; doubled quotes stay double.
+    Quoted(&'a str),
+    /// A string, without its quotes; as it is written.
+    Text(&'a str),
+    Symbol(u8),
+}
+
+impl Token<'_> {
+    fn is(&self, word: &str) -> bool {
+        matches!(self, Self::Word(w) if w.eq_ignore_ascii_case(word))
+    }
+}
+
+const CHAIN: &str = "AND CHAIN";
+const TWO_PHASE: &str = "two-phase commit";
+const ODD: &str = "this form of ending a transaction";
+
+impl SqlStatement<'_> {
+    fn word(&self, index: usize, word: &str) -> bool {
+        self.tokens.get(index).is_some_and(|token| token.is(word))
+    }
+
+    pub(super) fn kind(&self) -> Kind {
+        let first = |word: &str| self.word(0, word);
+        let second = |word: &str| self.word(1, word);
+        if first("begin") || first("start") {
+            let start = first("start");
+            let noise = if start { second("transaction") } else { second("work") || second("transaction") };
+            return match self.modes(1 + usize::from(noise)) {
+                Some(modes) if noise || !start => Kind::Begin { start, modes },
+                _ => Kind::Other,
+            };
+        }
+        if first("prepare") && second("transaction") {
+            return Kind::Refused(TWO_PHASE);
+        }
+        if first("savepoint") {
+            return Kind::Savepoint("SAVEPOINT");
+        }
+        if first("release") {
+            return Kind::Savepoint("RELEASE SAVEPOINT");
+        }
+        if first("deallocate") && (second("all") || second("prepare") && self.word(2, "all")) {
+            return Kind::Refused("DEALLOCATE ALL, which would take the statements of other sessions along,");
+        }
+        if first("set") {
+            let at = 1 + usize::from(second("local"));
+            if self.word(at, "transaction") {
+                return self.modes(at + 1).map_or(Kind::Other, Kind::SetTransaction);
+            }
+            return Kind::Other;
+        }
+        let rollback = first("rollback") || first("abort");
+        if !rollback && !first("commit") && !first("end") {
+            return Kind::Other;
+        }
+        let at = 1 + usize::from(second("work") || second("transaction"));
+        if rollback && self.word(at, "to") {
+            return Kind::Savepoint("ROLLBACK TO SAVEPOINT");
+        }
+        if self.word(at, "prepared") {
+            return Kind::Refused(TWO_PHASE);
+        }
+        let no = self.word(at, "and") && self.word(at + 1, "no") && self.word(at + 2, "chain");
+        match self.tokens.len() - at {
+            0 => {}
+            3 if no => {}
+            2 if self.word(at, "and") && self.word(at + 1, "chain") => return Kind::Refused(CHAIN),
+            // Never passed on, since it could end the outer transaction.
+            _ => return Kind::Refused(ODD),
+        }
+        if rollback { Kind::Rollback } else { Kind::Commit }
+    }
+
+    /// The modes from a token on (manual, SET TRANSACTION); `None` if there is anything else.
+    fn modes(&self, mut at: usize) -> Option<Modes> {
+        let mut modes = Modes::default();
+        while at < self.tokens.len() {
+            let at_word = |offset: usize, word: &str| self.word(at + offset, word);
+            at += if self.tokens[at] == Token::Symbol(b',') {
+                1
+            } else if at_word(0, "isolation") && at_word(1, "level") {
+                let (level, words) = if at_word(2, "serializable") {
+                    (Level::Serializable, 1)
+                } else if at_word(2, "repeatable") && at_word(3, "read") {
+                    (Level::RepeatableRead, 2)
+                } else if at_word(2, "read") && (at_word(3, "committed") || at_word(3, "uncommitted")) {
+                    (Level::ReadCommitted, 2)
+                } else {
+                    return None;
+                };
+                modes.level = Some(level);
+                2 + words
+            } else if at_word(0, "read") && (at_word(1, "only") || at_word(1, "write")) {
+                modes.read_only = Some(at_word(1, "only"));
+                2
+            } else if at_word(0, "deferrable") {
+                1
+            } else if at_word(0, "not") && at_word(1, "deferrable") {
+                2
+            } else {
+                return None;
+            };
+        }
+        Some(modes)
+    }
+
+    /// The settings it sets for the transaction only: by SET LOCAL, or by `set_config('name', …, true)`.
+    pub(super) fn local_settings(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        if self.word(0, "set") && self.word(1, "local") {
+            names.extend(self.set_local_name());
+        }
+        for (i, token) in self.tokens.iter().enumerate() {
+            if !token.is("set_config") || self.tokens.get(i + 1) != Some(&Token::Symbol(b'(')) {
+                continue;
+            }
+            let Some(Token::Text(name)) = self.tokens.get(i + 2) else { continue };
+            let mut depth = 0u32;
+            let end = self.tokens[i + 1..].iter().position(|token| {
+                match token {
+                    Token::Symbol(b'(') => depth += 1,
+                    Token::Symbol(b')') => depth -= 1,
+                    _ => {}
+                }
+                depth == 0
+            });
+            let Some(end) = end.map(|end| i + 1 + end) else { continue };
+            if self.tokens[end - 1].is("true") && self.tokens[end - 2] == Token::Symbol(b',') {
+                names.push((*name).to_owned());
+            }
+        }
+        names
+    }
+
+    fn set_local_name(&self) -> Option<String> {
+        // Those with a syntax of their own (manual, SET).
+        let special = [
+            ("time", "timezone"),
+            ("role", "role"),
+            ("session", "session_authorization"),
+            ("names", "client_encoding"),
+            ("schema", "search_path"),
+        ];
+        for (word, name) in special {
+            if self.word(2, word) {
+                return Some(name.to_owned());
+            }
+        }
+        let mut name = String::new();
+        for token in &self.tokens[2..] {
+            match token {
+                Token::Symbol(b'=') => break,
+                token if token.is("to") => break,
+                Token::Word(part) | Token::Quoted(part) => name.push_str(part),
+                Token::Symbol(b'.') => name.push('.'),
+                _ => return None,
+            }
+        }
+        (!name.is_empty()).then_some(name)
+    }
+
+    /// Whether it is `SELECT pg_catalog.set_config('name','value',true)` and nothing more, as pg-session sends it along
+    /// with BEGIN.
+    pub(super) fn is_local_setting(&self) -> bool {
+        use Token::{Symbol, Text, Word};
+        let escaped = |tokens: &[Token<'_>]| {
+            matches!(
+                tokens,
+                [
+                    Word("SELECT"),
+                    Word("pg_catalog"),
+                    Symbol(b'.'),
+                    Word("set_config"),
+                    Symbol(b'('),
+                    Text(_),
+                    Symbol(b','),
+                    Text(_),
+                    Symbol(b','),
+                    Word("true"),
+                    Symbol(b')'),
+                ]
+            )
+        };
+        escaped(&self.tokens)
+    }
+}
+
+/// The statements of a simple query, without those that are empty.
+///
+/// Strings are read as `standard_conforming_strings` has them by default. The bodies of SQL functions (`BEGIN ATOMIC`)
+/// are told as psql does it.
+pub(super) fn split(sql: &str) -> Vec<SqlStatement<'_>> {
+    let mut statements = Vec::new();
+    let mut tokens: Vec<Token<'_>> = Vec::new();
+    let (mut start, mut end) = (0, 0);
+    let (mut parentheses, mut begins) = (0u32, 0u32);
+    let mut scanner = Scanner { sql, at: 0 };
+    while let Some((at, token)) = scanner.next() {
+        if tokens.is_empty() {
+            start = at;
+        }
+        match &token {
+            Token::Symbol(b'(') => parentheses += 1,
+            Token::Symbol(b')') => parentheses = parentheses.saturating_sub(1),
+            Token::Symbol(b';') if parentheses == 0 && begins == 0 => {
+                if !tokens.is_empty() {
+                    let tokens = std::mem::take(&mut tokens);
+                    statements.push(SqlStatement { start, text: &sql[start..end], tokens });
+                }
+                continue;
+            }
+            word if parentheses == 0 && makes_routine(&tokens) => {
+                if word.is("begin") || word.is("case") && begins > 0 {
+                    begins += 1;
+                } else if word.is("end") {
+                    begins = begins.saturating_sub(1);
+                }
+            }
+            _ => {}
+        }
+        tokens.push(token);
+        end = scanner.at;
+    }
+    if !tokens.is_empty() {
+        statements.push(SqlStatement { start, text: &sql[start..end], tokens });
+    }
+    statements
+}
+
+fn makes_routine(tokens: &[Token<'_>]) -> bool {
+    let routine =
+        |token: Option<&Token<'_>>| token.is_some_and(|token| token.is("function") || token.is("procedure"));
+    tokens.first().is_some_and(|token| token.is("create"))
+        && (routine(tokens.get(1)) || tokens.get(1).is_some_and(|t| t.is("or")) && routine(tokens.get(3)))
+}
+
+struct Scanner<'a> {
+    sql: &'a str,
+    at: usize,
+}
+
+impl<'a> Scanner<'a> {
+    fn rest(&self) -> &'a [u8] {
+        &self.sql.as_bytes()[self.at..]
+    }
+
+    /// The next token and where it begins; `at` is then behind it.
+    fn next(&mut self) -> Option<(usize, Token<'a>)> {
+        self.skip_blank();
+        let start = self.at;
+        let rest = self.rest();
+        let token = match *rest.first()? {
+            b'\'' => Token::Text(self.quoted(b'\'', false)),
+            b'e' | b'E' if rest.get(1) == Some(&b'\'') => {
+                self.at += 1;
+                Token::Text(self.quoted(b'\'', true))
+            }
+            b'"' => Token::Quoted(self.quoted(b'"', false)),
+            b'$' => match self.dollar_quoted() {
+                Some(text) => Token::Text(text),
+                None => {
+                    self.at += 1;
+                    Token::Symbol(b'$')
+                }
+            },
+            byte if is_word(byte) => {
+                // A number too: nothing here looks at one.
+                let length = rest.iter().take_while(|b| is_word(**b) || **b == b'$').count();
+                self.at += length;
+                Token::Word(&self.sql[start..self.at])
+            }
+            byte => {
+                self.at += 1;
+                Token::Symbol(byte)
+            }
+        };
+        Some((start, token))
+    }
+
+    fn skip_blank(&mut self) {
+        loop {
+            match self.rest() {
+                [b' ' | b'\t' | b'\n' | b'\r' | 0x0b | 0x0c, ..] => self.at += 1,
+                [b'-', b'-', ..] => {
+                    let length = self.rest().iter().position(|b| matches!(b, b'\n' | b'\r'));
+                    self.at += length.unwrap_or(self.rest().len());
+                }
+                [b'/', b'*', ..] => self.skip_comment(),
+                _ => return,
+            }
+        }
+    }
+
+    fn skip_comment(&mut self) {
+        let mut depth = 0;
+        loop {
+            match self.rest() {
+                [] => return,
+                [b'/', b'*', ..] => {
+                    depth += 1;
+                    self.at += 2;
+                }
+                [b'*', b'/', ..] => {
+                    depth -= 1;
+                    self.at += 2;
+                    if depth == 0 {
+                        return;
+                    }
+                }
+                _ => self.at += 1,
+            }
+        }
+    }
+
+    /// What stands between quotes; a doubled quote does not end it. Without an end it goes on to the end of the text.
+    fn quoted(&mut self, quote: u8, escapes: bool) -> &'a str {
+        self.at += 1;
+        let start = self.at;
+        loop {
+            match self.rest() {
+                [] => return &self.sql[start..],
+                [b'\\', _, ..] if escapes => self.at += 2,
+                [a, b, ..] if *a == quote && *b == quote => self.at += 2,
+                [a, ..] if *a == quote => {
+                    self.at += 1;
+                    return &self.sql[start..self.at - 1];
+                }
+                _ => self.at += 1,
+            }
+        }
+    }
+
+    fn dollar_quoted(&mut self) -> Option<&'a str> {
+        let rest = &self.sql[self.at..];
+        let tag = &rest[1..];
+        let length = tag.bytes().take_while(|b| is_word(*b)).count();
+        if tag.as_bytes().get(length) != Some(&b'$') || tag.as_bytes()[0].is_ascii_digit() {
+            return None;
+        }
+        let (tag, body) = rest.split_at(length + 2);
+        let end = body.find(tag);
+        self.at += tag.len() + end.map_or(body.len(), |end| end + tag.len());
+        Some(&body[..end.unwrap_or(body.len())])
+    }
+}
+
+/// Letters, digits, `_` and everything beyond ASCII (manual, chapter 4.1.1).
+fn is_word(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'_' || byte >= 0x80
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn texts(sql: &str) -> Vec<&str> {
+        split(sql).into_iter().map(|statement| statement.text).collect()
+    }
+
+    fn kind(sql: &str) -> Kind {
+        let statements = split(sql);
+        assert_eq!(statements.len(), 1, "{sql}");
+        statements[0].kind()
+    }
+
+    #[test]
+    fn statements_end_at_semicolons_outside_of_quotes_and_comments() {
+        for (sql, expected) in [
+            ("", &[][..]),
+            (" ; ;-- x;\n/* ; */", &[]),
+            ("SELECT 1", &["SELECT 1"]),
+            (" SELECT 1 ; SELECT 2;", &["SELECT 1", "SELECT 2"]),
+            ("SELECT ';'';', \"a;\"\";\"; b", &["SELECT ';'';', \"a;\"\";\"", "b"]),
+            (r"SELECT E'\';', '\'; b", &[r"SELECT E'\';', '\'", "b"]),
+            ("SELECT $$;$$, $a$;$b$;$a$; b", &["SELECT $$;$$, $a$;$b$;$a$", "b"]),
+            ("SELECT a$b$;SELECT c$b$", &["SELECT a$b$", "SELECT c$b$"]),
+            ("SELECT $1;SELECT $2", &["SELECT $1", "SELECT $2"]),
+            ("a /* ; /* ; */ ; */ ; b -- ; c\n; d", &["a", "b", "d"]),
+            (
+                "CREATE RULE r AS ON INSERT TO t DO (a; b); c",
+                &["CREATE RULE r AS ON INSERT TO t DO (a; b)", "c"],
+            ),
+            ("SELECT 'é;$é$;'; $é$;$é$; b", &["SELECT 'é;$é$;'", "$é$;$é$", "b"]),
+            ("SELECT 'open; b", &["SELECT 'open; b"]),
+            ("SELECT $x$open; $", &["SELECT $x$open; $"]),
+            ("SELECT 1 $", &["SELECT 1 $"]),
+        ] {
+            assert_eq!(texts(sql), expected, "{sql}");
+        }
+    }
+
+    #[test]
+    fn the_body_of_a_sql_function_is_one_statement() {
+        let function = "CREATE OR REPLACE FUNCTION f() RETURNS int LANGUAGE sql BEGIN ATOMIC SELECT 1; \
+                        SELECT CASE WHEN true THEN 2 END; END";
+        assert_eq!(texts(&format!("{function}; SELECT 3")), [function, "SELECT 3"]);
+        assert_eq!(texts("BEGIN; SELECT 1; END"), ["BEGIN", "SELECT 1", "END"]);
+    }
+
+    #[test]
+    fn where_a_statement_begins_is_known() {
+        let sql = "  a;/* x */ b";
+        assert!(split(sql).iter().all(|statement| sql[statement.start..].starts_with(statement.text)));
+    }
+
+    #[test]
+    fn transaction_control_is_told_from_everything_else() {
+        let modes = |level, read_only| Modes { level, read_only };
+        for (sql, expected) in [
+            ("BEGIN", Kind::Begin { start: false, modes: Modes::default() }),
+            (
+                "begin work isolation level repeatable read, read only, not deferrable",
+                Kind::Begin { start: false, modes: modes(Some(Level::RepeatableRead), Some(true)) },
+            ),
+            (
+                "/* x */ START TRANSACTION READ WRITE ISOLATION LEVEL SERIALIZABLE DEFERRABLE",
+                Kind::Begin { start: true, modes: modes(Some(Level::Serializable), Some(false)) },
+            ),
+            (
+                "SET TRANSACTION ISOLATION LEVEL READ COMMITTED",
+                Kind::SetTransaction(modes(Some(Level::ReadCommitted), None)),
+            ),
+            ("COMMIT", Kind::Commit),
+            ("END WORK", Kind::Commit),
+            ("COMMIT TRANSACTION AND NO CHAIN", Kind::Commit),
+            ("ROLLBACK", Kind::Rollback),
+            ("abort transaction", Kind::Rollback),
+            ("ROLLBACK AND CHAIN", Kind::Refused(CHAIN)),
+            ("commit work and chain", Kind::Refused(CHAIN)),
+            ("COMMIT PREPARED 'x'", Kind::Refused(TWO_PHASE)),
+            ("PREPARE TRANSACTION 'x'", Kind::Refused(TWO_PHASE)),
+            ("ROLLBACK nonsense", Kind::Refused(ODD)),
+            ("ROLLBACK TO SAVEPOINT a", Kind::Savepoint("ROLLBACK TO SAVEPOINT")),
+            ("ROLLBACK WORK TO a", Kind::Savepoint("ROLLBACK TO SAVEPOINT")),
+            ("RELEASE a", Kind::Savepoint("RELEASE SAVEPOINT")),
+            ("SAVEPOINT a", Kind::Savepoint("SAVEPOINT")),
+            ("BEGIN nonsense", Kind::Other),
+            ("START", Kind::Other),
+            ("PREPARE transaction_by_id AS SELECT 1", Kind::Other),
+            ("SET search_path = a", Kind::Other),
+            ("SELECT 'COMMIT'", Kind::Other),
+            ("\"commit\"", Kind::Other),
+        ] {
+            assert_eq!(kind(sql), expected, "{sql}");
+        }
+        assert!(matches!(kind("DEALLOCATE PREPARE ALL"), Kind::Refused(_)));
+    }
+
+    #[test]
+    fn settings_of_a_transaction_are_seen() {
+        let locals = |sql: &str| split(sql).iter().flat_map(SqlStatement::local_settings).collect::<Vec<_>>();
+        for (sql, expected) in [
+            ("SET LOCAL app.tenant = 'x'", &["app.tenant"][..]),
+            ("set local statement_timeout to 5", &["statement_timeout"]),
+            ("SET LOCAL ROLE bob", &["role"]),
+            ("SET LOCAL TIME ZONE 'UTC'", &["timezone"]),
+            ("SET app.tenant = 'x'", &[]),
+            ("SELECT pg_catalog.set_config('app.tenant', 'x',true)", &["app.tenant"]),
+            (
+                "SELECT set_config('a.b', coalesce($1, f(2)), TRUE), set_config('a.c', 'x', true)",
+                &["a.b", "a.c"],
+            ),
+            ("SELECT set_config('a.b', 'x', false)", &[]),
+            ("SELECT set_config($1, $2, true)", &[]),
+            ("SELECT 'set_config(''a'', ''b'', true)'", &[]),
+            ("SELECT set_config('a', ", &[]),
+            ("SELECT set_config()", &[]),
+        ] {
+            assert_eq!(locals(sql), expected, "{sql}");
+        }
+        assert!(split(r"SELECT pg_catalog.set_config('a',E'\\',true);")[0].is_local_setting());
+        assert!(!split("SELECT pg_catalog.set_config('a','b',true), 1")[0].is_local_setting());
+    }
+}
