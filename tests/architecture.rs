@@ -33,7 +33,7 @@ const HOUSE: &[(&str, &[&str])] = &[
             "transaction",
         ],
     ),
-    ("testing", &[]),
+    ("testing", &["config", "error", "manager"]),
 ];
 
 /// The rooms that a file's code names; documentation may link wherever it likes.
