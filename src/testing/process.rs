@@ -62,14 +62,16 @@ pub(super) fn signal(child: &Child, name: &str) -> io::Result<()> {
     output(&mut shell, Duration::from_secs(10)).map(drop)
 }
 
-/// What the system calls the program that a process runs, cut to 15 bytes by some; `None` if there is no such
-/// process.
+/// The name of the program that a process runs, of which some systems keep 15 bytes only; `None` if there is no
+/// such process.
 pub(super) fn name(pid: u32) -> Option<String> {
     // Not `ps` where it can be done without: small images have none.
-    fs::read_to_string(format!("/proc/{pid}/comm")).ok().or_else(|| {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok().or_else(|| {
         let mut ps = Command::new("ps");
         output(ps.args(["-o", "comm=", "-p", &pid.to_string()]), Duration::from_secs(10)).ok()
-    })
+    })?;
+    // Some tell its whole path.
+    name.trim_end().rsplit('/').next().map(str::to_owned)
 }
 
 /// Ends the server and removes its directory when this process has ended without doing so itself, or with the
