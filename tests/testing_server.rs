@@ -20,6 +20,7 @@ use std::{
 };
 
 use pg_session::{
+    SessionManager,
     testing::{PgServer, PgServerError, Template, TestDatabase},
     tokio_postgres::{self, Client, NoTls},
 };
@@ -258,7 +259,37 @@ async fn a_database_can_be_made_on_any_server_by_url_or_by_key_and_value() -> Re
         let row = connect(database.url()).await?.query_one("SELECT current_database()", &[]).await?;
         assert_eq!(row.get::<_, &str>(0), database.name());
         assert_eq!(database.url().contains("application_name=a"), admin.contains("application_name=a"));
+        let row = database.sessions().acquire().await?.query_one("SELECT current_database()", &[]).await?;
+        assert_eq!(row.get::<_, &str>(0), database.name());
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_url_that_no_session_can_use_is_refused_at_once() -> Result {
+    let server = PgServer::shared()?;
+    for (parameter, says) in [("sslmode=require", "TLS"), ("colour=red", "colour")] {
+        let error = TestDatabase::create_at(&format!("{}?{parameter}", server.url())).await.unwrap_err();
+        assert!(
+            matches!(&error, PgServerError::Url { source } if source.to_string().contains(says)),
+            "{error:?}"
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_database_is_dropped_also_while_a_manager_holds_sessions_in_it() -> Result {
+    let server = PgServer::shared()?;
+    let database = TestDatabase::create(server).await?;
+    let sessions = SessionManager::new(database.config().max_size(2))?;
+    let lent = sessions.acquire().await?;
+    drop(sessions.acquire().await?);
+    assert_eq!(sessions.status().size, 2);
+    let name = database.name().to_owned();
+    database.drop_now().await?;
+    assert!(!exists(server, &name).await?);
+    assert!(lent.query_one("SELECT 1", &[]).await.is_err());
     Ok(())
 }
 

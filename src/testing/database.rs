@@ -3,7 +3,9 @@
 use std::{
     env,
     error::Error,
-    fmt, process,
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+    process,
     sync::{
         atomic::{AtomicU64, Ordering},
         mpsc,
@@ -16,6 +18,8 @@ use postgres_protocol::escape::{escape_identifier, escape_literal};
 use tokio_postgres::{Client, NoTls, error::SqlState};
 
 use super::{PgServer, PgServerError};
+use crate::config::SessionConfig;
+use crate::manager::SessionManager;
 
 /// How long dropping a [`TestDatabase`] may hold up the test.
 const DROP_LIMIT: Duration = Duration::from_secs(5);
@@ -35,6 +39,7 @@ pub struct TestDatabase {
     admin_url: String,
     name: String,
     url: String,
+    config: SessionConfig,
     dropped_with_self: bool,
 }
 
@@ -54,12 +59,13 @@ impl TestDatabase {
 
     /// Creates an empty database on any server, such as one that CI runs beside the tests.
     ///
-    /// `url` is a URL or key/value string as [`tokio_postgres::Config`] reads it, of any database of that
-    /// server, for a role that may create databases.
+    /// `url` is a URL or key/value string of any database of that server, for a role that may create
+    /// databases, such as both [`SessionConfig`] and [`tokio_postgres::Config`] read.
     ///
     /// # Errors
     ///
-    /// [`PgServerError::Database`] if the URL makes no sense, or the server cannot be reached or refuses.
+    /// - [`PgServerError::Url`] if the URL makes no sense or asks for TLS.
+    /// - [`PgServerError::Database`] if the server cannot be reached or refuses.
     ///
     /// # Cancel safety
     ///
@@ -82,30 +88,23 @@ impl TestDatabase {
     }
 
     async fn create_from(admin_url: String, template: Option<String>) -> Result<Self, PgServerError> {
+        let name = unique_name();
+        let url = with_database(&admin_url, &name);
+        let config = url.parse::<SessionConfig>().and_then(|config| config.validate().map(|()| config));
+        let config = config.map_err(|source| PgServerError::Url { source })?;
         // Cancel safety: the statement goes on after its future is dropped, so the task that waits for its
         // end must go on, too; then it drops the database that nobody took.
         let creation = tokio::spawn(async move {
             let client = connect(&admin_url).await?;
-            let name = unique_name();
             let mut statement = format!("CREATE DATABASE {}", escape_identifier(&name));
             if let Some(template) = template {
                 statement.push_str(" TEMPLATE ");
                 statement.push_str(&escape_identifier(&template));
             }
-            let deadline = Instant::now() + IN_USE_LIMIT;
-            loop {
-                match client.batch_execute(&statement).await {
-                    Ok(()) => break,
-                    Err(error)
-                        if error.code() == Some(&SqlState::OBJECT_IN_USE) && Instant::now() < deadline =>
-                    {
-                        tokio::time::sleep(Duration::from_millis(50)).await;
-                    }
-                    Err(error) => return Err(PgServerError::database("create a test database")(error)),
-                }
-            }
-            let url = with_database(&admin_url, &name);
-            Ok(Self { admin_url, name, url, dropped_with_self: true })
+            execute_unused(&client, &statement)
+                .await
+                .map_err(PgServerError::database("create a test database"))?;
+            Ok(Self { admin_url, name, url, config, dropped_with_self: true })
         });
         match creation.await {
             Ok(result) => result,
@@ -123,6 +122,22 @@ impl TestDatabase {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The configuration for sessions in this database, with the defaults of [`SessionConfig`].
+    #[must_use]
+    pub fn config(&self) -> SessionConfig {
+        self.config.clone()
+    }
+
+    /// A manager of its own for sessions in this database, with the defaults of [`SessionConfig`]; for others,
+    /// give [`SessionManager::new`] a changed [`config`](Self::config).
+    ///
+    /// Sessions that are still open when the database is dropped are ended by the server.
+    #[must_use]
+    pub fn sessions(&self) -> SessionManager {
+        // Invariant: the configuration was found valid when the database was created.
+        SessionManager::new(self.config()).expect("a valid configuration")
     }
 
     /// Keeps the database when this value is dropped, and prints its URL, without a password, to standard
@@ -203,6 +218,11 @@ impl Template {
     /// it runs wait for it, and their own closures are not run. When it has ended, sessions still in the
     /// template are ended, and no more are let in.
     ///
+    /// On the [shared](PgServer::shared) server of a cargo-nextest run, it is prepared once for each test
+    /// binary: of all processes that run tests of the same binary, one prepares it and the others wait. If that
+    /// process ends before the template is finished, however it ends, the next one starts afresh. Test binaries
+    /// have no template in common, even of the same name.
+    ///
     /// # Errors
     ///
     /// - [`PgServerError::Template`]: `prepare` failed. The half-made database is dropped, and the next
@@ -213,7 +233,7 @@ impl Template {
     /// # Cancel safety
     ///
     /// Cancel safe: if the future is dropped while `prepare` runs, the half-made database is dropped, and the
-    /// next caller starts afresh.
+    /// next caller, in this process or another, starts afresh.
     pub async fn prepare<F>(server: &PgServer, name: &str, prepare: F) -> Result<Self, PgServerError>
     where
         F: AsyncFnOnce(&str) -> Result<(), Box<dyn Error + Send + Sync>>,
@@ -221,16 +241,81 @@ impl Template {
         let admin_url = server.url();
         let cell = server.template_cell(name);
         let prepared = cell.get_or_try_init(|| async {
-            let mut database = TestDatabase::create(server).await?;
-            prepare(database.url())
-                .await
-                .map_err(|source| PgServerError::Template { name: name.to_owned(), source })?;
-            close(&admin_url, database.name()).await.map_err(PgServerError::database("close a template"))?;
+            if server.is_of_a_run() {
+                return once_for_this_binary(server, name, prepare).await;
+            }
+            let mut database = filled(server, name, prepare).await?;
             database.dropped_with_self = false;
             Ok(database.name().to_owned())
         });
         let database = prepared.await?.clone();
         Ok(Self { admin_url, database })
+    }
+}
+
+/// A new database that is prepared and closed.
+async fn filled<F>(server: &PgServer, name: &str, prepare: F) -> Result<TestDatabase, PgServerError>
+where
+    F: AsyncFnOnce(&str) -> Result<(), Box<dyn Error + Send + Sync>>,
+{
+    let database = TestDatabase::create(server).await?;
+    prepare(database.url())
+        .await
+        .map_err(|source| PgServerError::Template { name: name.to_owned(), source })?;
+    close(&database.admin_url, database.name()).await.map_err(PgServerError::database("close a template"))?;
+    Ok(database)
+}
+
+/// The name of the database that one of all the processes of this test binary has filled.
+///
+/// It gets that name when it is finished, so one that is half made is never taken for it. The server ends the
+/// lock with the session of whoever holds it, and so with its process.
+async fn once_for_this_binary<F>(server: &PgServer, name: &str, prepare: F) -> Result<String, PgServerError>
+where
+    F: AsyncFnOnce(&str) -> Result<(), Box<dyn Error + Send + Sync>>,
+{
+    let binary = env::current_exe().map_err(PgServerError::io("find the path of this test binary"))?;
+    let mut hasher = DefaultHasher::new();
+    (binary, name).hash(&mut hasher);
+    let key = hasher.finish();
+    let finished = format!("pg_session_template_{key:016x}");
+
+    let doing = "share a template with other test processes";
+    let client = connect(&server.url()).await?;
+    let lock = format!("SELECT pg_advisory_lock({})", key as i64);
+    client.batch_execute(&lock).await.map_err(PgServerError::database(doing))?;
+    let result = async {
+        let found = client.query_opt("SELECT FROM pg_database WHERE datname = $1", &[&finished]).await;
+        if found.map_err(PgServerError::database(doing))?.is_some() {
+            return Ok(());
+        }
+        let mut database = filled(server, name, prepare).await?;
+        let rename = format!(
+            "ALTER DATABASE {} RENAME TO {}",
+            escape_identifier(database.name()),
+            escape_identifier(&finished)
+        );
+        execute_unused(&client, &rename).await.map_err(PgServerError::database(doing))?;
+        database.dropped_with_self = false;
+        Ok(())
+    };
+    let result = result.await;
+    // Not left to the connection's end: who blocks this runtime next would keep the others waiting. If it
+    // fails, the session is gone, and the lock with it.
+    let _ = client.batch_execute("SELECT pg_advisory_unlock_all()").await;
+    result.map(|()| finished)
+}
+
+/// Executes what needs a database without sessions, again and again while those that are ending are in it.
+async fn execute_unused(client: &Client, statement: &str) -> Result<(), tokio_postgres::Error> {
+    let deadline = Instant::now() + IN_USE_LIMIT;
+    loop {
+        match client.batch_execute(statement).await {
+            Err(error) if error.code() == Some(&SqlState::OBJECT_IN_USE) && Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            result => return result,
+        }
     }
 }
 

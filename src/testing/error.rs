@@ -57,6 +57,13 @@ pub enum PgServerError {
         source: io::Error,
     },
 
+    /// The URL makes no sense to [`SessionConfig`](crate::SessionConfig).
+    #[error("could not use the server's URL")]
+    Url {
+        /// Why, without any password.
+        source: crate::error::Error,
+    },
+
     /// The server could not be reached, or refused a statement.
     #[error("could not {doing}")]
     Database {

@@ -4,6 +4,17 @@
 //! temporary directory, starts it, and leaves nothing behind. [`TestDatabase`] is a database of one test's
 //! own, empty or cloned from a [`Template`] that was prepared once. Unix only.
 //!
+//! | you want | take |
+//! |---|---|
+//! | an empty database | [`TestDatabase::create`] on [`PgServer::shared`] |
+//! | one with your schema and data in it | [`TestDatabase::from_template`], of [`Template::prepare`] |
+//! | one on a server that is there already | [`TestDatabase::create_at`] |
+//! | sessions in it | [`TestDatabase::sessions`], or a manager of its [`config`](TestDatabase::config) |
+//! | to stop, kill or restart the server, or settings of its own | [`PgServer::start`], [`PgServer::builder`] |
+//!
+//! The shared server and the templates are made once in a process, and under cargo-nextest, which gives each test
+//! a process of its own, once in a run: see [`PgServer::shared`] and [`Template::prepare`].
+//!
 //! ```
 //! use pg_session::testing::{PgServer, Template, TestDatabase};
 //! use pg_session::tokio_postgres::{self, NoTls};
@@ -38,12 +49,14 @@ mod batch;
 mod binaries;
 mod block;
 mod client;
+mod cluster;
 mod database;
 mod error;
 mod faults;
 mod frames;
 mod process;
 mod relay;
+mod run;
 mod sandbox;
 mod server;
 mod sql;
