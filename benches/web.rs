@@ -1,6 +1,8 @@
 //! Not a benchmark by itself: the services that `scripts/web` puts under load. The items examples on axum and actix-web,
 //! and a handler on axum and deadpool-postgres as one would write it by hand, on one server; each with ten connections.
 
+#![allow(clippy::duplicate_mod, reason = "each example brings along what both share")]
+
 #[path = "../examples/actix_items.rs"]
 #[allow(dead_code, reason = "its routes are served from here")]
 mod actix_items;

@@ -45,7 +45,9 @@
 //! | numbers, an end in good order | [`SessionManager::status`], [`SessionManager::close`] |
 //! | a transaction for each HTTP request | `RequestTransactions` (feature `axum` or `actix-web`) |
 //! | an HTTP status for an error | `Problem`, `Problems` (feature `problem`) |
-//! | a server for tests | `testing::PgServer` and `testing::TestDatabase` (feature `testing`) |
+//! | a server and a database for tests | `testing::PgServer` and `testing::TestDatabase` (feature `testing`) |
+//! | a test that rolls back everything the code under test commits | `testing::Sandbox` |
+//! | failures on purpose, to test retries | `testing::FaultProxy`, `testing::Faults` |
 //!
 //! # What it does not do
 //!
@@ -93,9 +95,9 @@ mod connect;
 mod connection;
 mod error;
 mod executor;
-//GUIDE #[cfg(all(any(doc, doctest), feature = "axum", feature = "actix-web", feature = "testing"))]
-//GUIDE #[cfg_attr(docsrs, doc(cfg(doc)))]
-//GUIDE pub mod guide;
+#[cfg(all(any(doc, doctest), feature = "axum", feature = "actix-web", feature = "testing"))]
+#[cfg_attr(docsrs, doc(cfg(doc)))]
+pub mod guide;
 #[cfg(any(feature = "axum", feature = "actix-web"))]
 mod health;
 #[cfg(any(feature = "axum", feature = "actix-web"))]
