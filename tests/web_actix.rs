@@ -17,7 +17,7 @@ use pg_session::{
     Error, LazySession, Problem, RequestTransactions, Session, SessionManager, TransactionOptions, Tx,
 };
 use tokio::sync::oneshot;
-use web::{App, Framework, Server, audit, insert, numbers};
+use web::{App, Framework, Server, audit, insert, lines};
 
 struct Actix;
 
@@ -220,5 +220,5 @@ async fn hold(_session: Session, app: Data<App>) -> HttpResponse {
 }
 
 async fn stream(sessions: SessionManager, n: Path<i64>) -> HttpResponse {
-    HttpResponse::Ok().streaming(numbers(sessions, *n))
+    HttpResponse::Ok().streaming(lines(sessions, *n))
 }

@@ -18,7 +18,7 @@ use pg_session::{
     Error, LazySession, Problem, RequestTransactions, Session, SessionManager, TransactionOptions, Tx,
 };
 use tokio::sync::oneshot;
-use web::{App, Framework, Server, audit, insert, numbers};
+use web::{App, Framework, Server, audit, insert, lines};
 
 struct Axum;
 
@@ -209,5 +209,5 @@ async fn hold(_session: Session, State(app): State<App>) -> StatusCode {
 }
 
 async fn stream(sessions: SessionManager, Path(n): Path<i64>) -> Body {
-    Body::from_stream(numbers(sessions, n))
+    Body::from_stream(lines(sessions, n))
 }
