@@ -227,7 +227,7 @@ pub async fn success_commits_before_the_response_and_failure_rolls_back<F: Frame
         let stored = stage.database.number(&format!("SELECT count(*) FROM items WHERE id = {id}")).await;
         assert_eq!(stored == 1, status < 400, "{status}");
         assert_eq!(
-            stage.database.number("SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%'").await,
+            stage.database.number("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'").await,
             0
         );
     }
