@@ -1,4 +1,4 @@
-//! The server that all test processes of one cargo-nextest run share: how they find it, and that it ends with the run.
+//! The server that all test processes of a cargo-nextest run share: how they find it, and that it ends with the run.
 
 use std::{
     env,
