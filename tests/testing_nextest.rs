@@ -52,7 +52,9 @@ fn all_processes_of_a_run_share_a_server_that_outlives_whoever_started_it_and_en
     run.test("later", "ask")?;
     assert!(servers.contains(&run.hear("later")?));
     run.wait_for_tests()?;
-    assert_eq!(run.directories()?.len(), 1, "those who came too late to start it have cleaned up");
+    // Those who came too late to start it have cleaned up.
+    assert_eq!(run.directories()?.len(), 1);
+    eventually("one watchdog is left", || run.processes("pg-session-watchdog") == 1);
 
     run.end()
 }
@@ -100,10 +102,10 @@ fn a_test_killed_after_it_started_the_server_costs_the_others_nothing() -> Resul
 #[test]
 fn a_test_killed_during_initdb_leaves_the_start_to_the_next() -> Result {
     let scratch = scratch()?;
-    let bin = programs_that_hang_once(scratch.path())?;
+    let bin = programs_that_first("exec sleep 60", scratch.path())?;
     let mut run = Run::start_with(Some(&bin))?;
     run.test("starter", "hold")?;
-    eventually("initdb runs", || scratch.path().join("hangs").exists());
+    eventually("initdb runs", || scratch.path().join("ran").exists());
     run.test("next", "ask")?;
     run.kill("starter")?;
     run.hear("next")?;
@@ -112,13 +114,31 @@ fn a_test_killed_during_initdb_leaves_the_start_to_the_next() -> Result {
 }
 
 #[test]
+fn a_start_that_fails_is_tried_once_more_by_those_who_waited_for_it() -> Result {
+    let scratch = scratch()?;
+    // Slow enough for the others to be waiting by then, most of the time.
+    let bin = programs_that_first("sleep 0.5 || sleep 1; exit 1", scratch.path())?;
+    let mut run = Run::start_with(Some(&bin))?;
+    let names = ["a", "b", "c", "later"];
+    for name in &names[..3] {
+        run.test(name, "ask")?;
+    }
+    run.wait_for_tests()?;
+    run.test("later", "ask")?;
+    let mut heard = names.iter().map(|name| run.hear(name)).collect::<Result<Vec<_>>>()?;
+    heard.retain(|text| !text.starts_with("initdb failed"));
+    assert_eq!((heard.len(), heard.iter().collect::<HashSet<_>>().len()), (3, 1), "{heard:?}");
+    run.end()
+}
+
+#[test]
 fn nextest_killed_during_initdb_leaves_nothing_behind() -> Result {
     let scratch = scratch()?;
-    let bin = programs_that_hang_once(scratch.path())?;
+    let bin = programs_that_first("exec sleep 60", scratch.path())?;
     let mut run = Run::start_with(Some(&bin))?;
     run.test("starter", "hold")?;
-    run.test("waits", "ask")?;
-    eventually("initdb runs", || scratch.path().join("hangs").exists());
+    eventually("initdb runs", || scratch.path().join("ran").exists());
+    run.test("next", "ask")?;
     run.kill("starter")?;
     run.nextest.kill()?;
     run.nextest.wait()?;
@@ -336,7 +356,8 @@ impl Run {
             }
             let line =
                 self.lines.recv_timeout(LIMIT).map_err(|error| format!("{name} says nothing: {error}"))?;
-            if let Some((name, text)) = line.strip_prefix('\t').and_then(|line| line.split_once('\t')) {
+            // In front of the first tab: nothing, or what the libtest of another process has begun to say.
+            if let Some((name, text)) = line.split_once('\t').and_then(|(_, line)| line.split_once('\t')) {
                 heard.entry(name.to_owned()).or_default().push_back(text.to_owned());
             }
         }
@@ -356,11 +377,19 @@ impl Run {
     fn assert_nothing_left(&self) {
         eventually("nothing is left of the run", || {
             let files = fs::read_dir(self.temporary.path()).expect("the directory is there").count();
-            // Postmasters, watchdogs and initdb name it in their arguments.
-            let processes = Command::new("ps").args(["-A", "-o", "args="]).output().expect("ps runs").stdout;
-            let directory = self.temporary.path().to_str().expect("temporary directories are UTF-8");
-            files == 0 && !String::from_utf8_lossy(&processes).contains(directory)
+            files == 0 && self.processes("") == 0
         });
+    }
+
+    /// How many processes have in their arguments the run's temporary directory, as postmasters, watchdogs and
+    /// initdb do, and this.
+    fn processes(&self, word: &str) -> usize {
+        // Wide enough for a watchdog, whose script comes first.
+        let output = Command::new("ps").args(["-A", "-ww", "-o", "args="]).output().expect("ps runs");
+        let directory = self.temporary.path().to_str().expect("temporary directories are UTF-8");
+        let output = String::from_utf8_lossy(&output.stdout);
+        // Some show a script's newlines as they are: then a process is more than one line, the last of which counts.
+        output.lines().filter(|line| line.contains(directory) && line.contains(word)).count()
     }
 }
 
@@ -466,7 +495,9 @@ async fn prepare(server: &PgServer, role: &str, name: &str) -> Result<String> {
             "prepare and fail" => Err("as this test wants it".into()),
             "prepare and hang" => {
                 say(name, "preparing");
-                std::future::pending().await
+                // Until it is killed, or the test that has started all this fails.
+                io::copy(&mut io::stdin(), &mut io::sink())?;
+                Err("nextest has ended".into())
             }
             "prepare and give up" => std::future::pending().await,
             _ => Ok(()),
@@ -492,9 +523,9 @@ async fn prepare(server: &PgServer, role: &str, name: &str) -> Result<String> {
     Ok("found what was prepared".to_owned())
 }
 
-/// Tells the test at the other end of standard output; libtest writes on it, too, and not only whole lines.
+/// Tells the test at the other end of standard output.
 fn say(name: &str, text: &str) {
-    println!("\n\t{name}\t{text}");
+    println!("\t{name}\t{text}");
 }
 
 /// A directory that the user who runs the server can write in, too.
@@ -515,21 +546,18 @@ fn programs(scratch: &Path, initdb: &str, postgres: &str) -> Result<PathBuf> {
     Ok(bin)
 }
 
-/// The programs of this machine, but for an `initdb` that hangs when it is first run, and says so by a
-/// directory.
-fn programs_that_hang_once(scratch: &Path) -> Result<PathBuf> {
+/// The programs of this machine, but for an `initdb` that does this when it is first run, and makes a directory
+/// to say so.
+fn programs_that_first(fault: &str, scratch: &Path) -> Result<PathBuf> {
     let real = runtime()?.block_on(async {
         let client = connect(&PgServer::shared()?.url()).await?;
         let row = client.query_one("SELECT setting FROM pg_config WHERE name = 'BINDIR'", &[]).await?;
         Ok::<String, Box<dyn Error + Send + Sync>>(row.get(0))
     })?;
-    let hangs = scratch.join("hangs");
+    let ran = scratch.join("ran");
     programs(
         scratch,
-        &format!(
-            "if mkdir '{}' 2>/dev/null; then exec sleep 60; fi\nexec '{real}/initdb' \"$@\"",
-            hangs.display()
-        ),
+        &format!("if mkdir '{}' 2>/dev/null; then {fault}; fi\nexec '{real}/initdb' \"$@\"", ran.display()),
         &format!("exec '{real}/postgres' \"$@\""),
     )
 }

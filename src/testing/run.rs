@@ -1,4 +1,4 @@
-//! The server that all test processes of one cargo-nextest run share: how they find it, and that it ends with the run.
+//! The server that all test processes of a cargo-nextest run share: how they find it, and that it ends with the run.
 
 use std::{
     env,
@@ -134,7 +134,8 @@ impl<'a> Meeting<'a> {
         let locked = file.metadata()?;
         let is_current = fs::metadata(path)
             .is_ok_and(|current| (current.dev(), current.ino()) == (locked.dev(), locked.ino()));
-        Ok(is_current.then_some(Self { path, file, goes_on: false }))
+        // Lazily: a meeting that is dropped takes the current file with it.
+        Ok(is_current.then(|| Self { path, file, goes_on: false }))
     }
 
     /// Where the run's server is, if there is one and it lives.
