@@ -21,7 +21,7 @@ use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use axum::{Router, serve};
 use items::{NewItem, Paging, Transfer, start};
 use pg_session::axum::{liveness, readiness};
@@ -40,11 +40,11 @@ async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
 }
 
 pub(crate) fn router(sessions: SessionManager) -> Router {
+    // A transaction for each request that writes; what reads takes a session.
+    let transactions = RequestTransactions::new(sessions.clone());
     Router::new()
-        .route("/items", post(create).get(list))
-        .route("/items/{id}", get(read).put(update).delete(delete))
-        // A transaction for each request that takes a `Tx`.
-        .layer(RequestTransactions::new(sessions.clone()))
+        .route("/items", post(create).layer(transactions.clone()).get(list))
+        .route("/items/{id}", put(update).delete(delete).layer(transactions).get(read))
         .route("/items/bulk", post(load))
         .route("/transfers", post(transfer))
         .route("/health/live", get(liveness))

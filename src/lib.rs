@@ -63,7 +63,7 @@
 //! | `axum` | extractors, responses and layers for axum 0.8 | `axum-core`, `http`, `http-body`, `tower-layer`, `tower-service`, and those of `problem` | no |
 //! | `actix-web` | the same for actix-web 4 | `actix-web`, and those of `problem` | no |
 //! | `problem` | `Problem` and `Problems` alone: from an error to an HTTP status and body, for any framework | `serde`, `serde_json` | no |
-//! | `testing` | a throw-away server, a database or a sandbox for each test, fault injection (Unix) | `tempfile` | no |
+//! | `testing` | a throw-away server, a database or a sandbox for each test, fault injection (Unix) | `rustix`, `tempfile` | no |
 //!
 //! # Versions
 //!

@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
 use crate::config::SessionConfig;
-use crate::connection::{ConnectionManager, Counted};
+use crate::connection::{ConnectionManager, Counted, watched};
 use crate::error::{AcquireError, AcquirePhase, ConnectError, Error};
 use crate::maintenance::Maintenance;
 use crate::observe;
@@ -45,6 +45,9 @@ pub struct SessionManager {
 
 /// For those who do not want to wait.
 const AT_ONCE: Timeouts = Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
+
+/// For those who do; the limit is set around it, since every limit is a timer.
+const IN_TURN: Timeouts = Timeouts { wait: None, create: None, recycle: None };
 
 struct Inner {
     pool: Pool<ConnectionManager>,
@@ -183,11 +186,14 @@ impl SessionManager {
             return Err(self.refused(AcquirePhase::TooManyWaiters, Duration::ZERO));
         }
         let started = Instant::now();
-        let timeouts = Timeouts { wait: Some(limit), create: None, recycle: None };
-        // Where both limits are reached at once, the inner one is seen first: so if it is the outer, the wait is over.
-        match timeout(limit, pin!(pool.timeout_get(&timeouts))).await {
+        let mut get = pin!(watched(pool.timeout_get(&IN_TURN)));
+        match timeout(limit, get.as_mut()).await {
             Ok(object) => object.map_err(|e| self.not_lent(e, started.elapsed())),
-            Err(_) => Err(self.refused(AcquirePhase::Connecting, started.elapsed())),
+            Err(_) => {
+                let had_a_place = get.as_mut().take_value().is_some_and(|place| place.get());
+                let phase = if had_a_place { AcquirePhase::Connecting } else { AcquirePhase::Waiting };
+                Err(self.refused(phase, started.elapsed()))
+            }
         }
     }
 

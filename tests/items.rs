@@ -57,7 +57,10 @@ struct Api {
 
 impl Api {
     fn new(address: SocketAddr) -> Self {
-        Self { client: Client::new(), address }
+        // A server that refuses a bulk load before its end closes the connection, and a client that wants to use it
+        // again cannot know.
+        let client = Client::builder().pool_max_idle_per_host(0).build().expect("a client");
+        Self { client, address }
     }
 
     fn url(&self, path: &str) -> String {

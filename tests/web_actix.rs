@@ -77,6 +77,7 @@ fn routes(config: &mut actix_web::web::ServiceConfig, app: &App) {
                 .route("/untouched", get().to(async || "fine"))
                 .route("/insert/{id}/{status}", post().to(insert_and_say))
                 .route("/raise_in_tx/{state}", post().to(raise_in_tx))
+                .route("/twice/{id}", post().to(twice))
                 .route("/orphan/{id}", post().to(orphan))
                 .route("/swallow/{id}", post().to(swallow))
                 .route("/panic/{id}", post().to(panic_after_insert))
@@ -125,6 +126,12 @@ async fn insert_and_say(tx: Tx, path: Path<(i64, u16)>) -> Result<HttpResponse, 
     let (id, code) = *path;
     insert(&tx, id).await?;
     Ok(answer(code))
+}
+
+async fn twice(one: Tx, other: Tx, id: Path<i64>) -> Result<HttpResponse, Problem> {
+    insert(&one, *id).await?;
+    insert(&other, *id + 1).await?;
+    Ok(answer(201))
 }
 
 async fn orphan(tx: Tx, app: Data<App>, id: Path<i64>) -> Result<HttpResponse, Error> {

@@ -66,6 +66,7 @@ fn router(app: App) -> Router {
         .route("/untouched", get(async || "fine"))
         .route("/insert/{id}/{status}", post(insert_and_say))
         .route("/raise_in_tx/{state}", post(raise_in_tx))
+        .route("/twice/{id}", post(twice))
         .route("/orphan/{id}", post(orphan))
         .route("/swallow/{id}", post(swallow))
         .route("/panic/{id}", post(panic_after_insert))
@@ -118,6 +119,12 @@ async fn raise_in_tx(tx: Tx, Path(state): Path<String>) -> Result<(), Problem> {
 async fn insert_and_say(tx: Tx, Path((id, code)): Path<(i64, u16)>) -> Result<StatusCode, Problem> {
     insert(&tx, id).await?;
     Ok(status(code))
+}
+
+async fn twice(one: Tx, other: Tx, Path(id): Path<i64>) -> Result<StatusCode, Problem> {
+    insert(&one, id).await?;
+    insert(&other, id + 1).await?;
+    Ok(StatusCode::CREATED)
 }
 
 async fn orphan(tx: Tx, State(app): State<App>, Path(id): Path<i64>) -> Result<StatusCode, Error> {

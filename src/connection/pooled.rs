@@ -1,6 +1,7 @@
 //! What deadpool calls to make a connection and to look at one before it is lent again; and the register of all that
 //! are open.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -13,6 +14,7 @@ use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
+use tokio::task::futures::TaskLocalFuture;
 use tokio::time::timeout;
 
 use super::link::Link;
@@ -28,6 +30,21 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 /// The first pause after a server that is starting or full; it doubles up to the second.
 const CONNECT_PAUSE: Duration = Duration::from_millis(20);
 const CONNECT_PAUSE_MAX: Duration = Duration::from_millis(500);
+
+tokio::task_local! {
+    /// Whether whoever asks the pool has got a place in it, and waits for the connection only.
+    static PLACED: Cell<bool>;
+}
+
+/// Asks the pool; the value tells how far that got.
+pub(crate) fn watched<F: Future>(get: F) -> TaskLocalFuture<Cell<bool>, F> {
+    PLACED.scope(Cell::new(false), get)
+}
+
+fn placed() {
+    // Whoever is not watched does not need to know.
+    let _ = PLACED.try_with(|placed| placed.set(true));
+}
 
 /// Makes connections for one pool.
 #[derive(Debug)]
@@ -132,6 +149,7 @@ impl Manager for ConnectionManager {
 
     async fn create(&self) -> Result<Connection, Self::Error> {
         let (_connecting, _) = Counted::new(&self.connecting);
+        placed();
         let mut pause = CONNECT_PAUSE;
         loop {
             // Boxed: it is large and seldom needed, and every acquire would carry it along.
@@ -164,6 +182,7 @@ impl Manager for ConnectionManager {
             return Err(RecycleError::message("expired"));
         }
         if idle > self.config.check_after_idle {
+            placed();
             match Box::pin(timeout(CHECK_TIMEOUT, connection.client.check_connection())).await {
                 Ok(Ok(())) => {}
                 _ => return Err(RecycleError::message("dead")),

@@ -414,6 +414,15 @@ pub async fn middleware_and_handler_use_one_transaction<F: Framework>() {
     stage.quiet().await;
 }
 
+pub async fn two_arguments_are_one_transaction<F: Framework>() {
+    // actix-web asks for both at once; there is one connection.
+    let stage = Stage::set::<F>(1, |_| {}).await;
+    assert_eq!(stage.post("/twice/7").await.status(), 201);
+    assert_eq!(stage.items().await, 3);
+    assert_eq!(stage.database.number("SELECT count(DISTINCT xmin::text) FROM items WHERE id > 1").await, 1);
+    stage.quiet().await;
+}
+
 pub async fn a_route_chooses_isolation_and_access_mode<F: Framework>() {
     let stage = Stage::set::<F>(1, |_| {}).await;
     assert_eq!(stage.get("/isolation").await.text().await.unwrap(), "serializable on");
@@ -553,6 +562,7 @@ macro_rules! scenarios {
             a_full_pool_is_a_503_that_says_when_to_come_again
             a_body_is_streamed_without_a_transaction
             middleware_and_handler_use_one_transaction
+            two_arguments_are_one_transaction
             a_route_chooses_isolation_and_access_mode
             a_transaction_kept_beyond_its_handler_is_rolled_back
             a_handler_can_decide_to_roll_back
