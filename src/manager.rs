@@ -4,7 +4,7 @@ use std::fmt;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
 use crate::config::SessionConfig;
-use crate::connection::{ConnectionManager, Counted, watched};
+use crate::connection::{ConnectionManager, Counted, watch};
 use crate::error::{AcquireError, AcquirePhase, ConnectError, Error};
 use crate::maintenance::Maintenance;
 use crate::observe;
@@ -43,11 +43,8 @@ pub struct SessionManager {
     inner: Arc<Inner>,
 }
 
-/// For those who do not want to wait.
-const AT_ONCE: Timeouts = Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
-
-/// For those who do; the limit is set around it, since every limit is a timer.
-const IN_TURN: Timeouts = Timeouts { wait: None, create: None, recycle: None };
+/// One limit is set around all of it, since every limit is a timer.
+const NO_LIMITS: Timeouts = Timeouts { wait: None, create: None, recycle: None };
 
 struct Inner {
     pool: Pool<ConnectionManager>,
@@ -149,52 +146,44 @@ impl SessionManager {
     #[doc(alias = "get")]
     #[doc(alias = "checkout")]
     pub async fn acquire(&self) -> Result<Session, Error> {
-        self.acquire_within(self.inner.config.acquire_timeout).instrument(observe::acquire()).await
+        self.acquire_within(self.inner.config.acquire_timeout).await
     }
 
     async fn acquire_within(&self, limit: Duration) -> Result<Session, Error> {
-        let Inner { pool, config, .. } = &*self.inner;
+        let Inner { pool, config, waiting, .. } = &*self.inner;
+        let span = observe::acquire();
         if held(pool.manager().register().id()) >= config.max_size {
             return Err(self.refused(AcquirePhase::SelfDeadlock, Duration::ZERO));
         }
+        let placed = AtomicBool::new(false);
+        let mut get = pin!(pool.timeout_get(&NO_LIMITS));
+        let mut get = poll_fn(|cx| span.in_scope(|| watch(&placed, || get.as_mut().poll(cx))));
         // What is free is had at the first poll: then no clock is read, and no timer set.
-        let mut get = pin!(pool.timeout_get(&AT_ONCE));
-        let object = match poll_fn(|cx| Poll::Ready(get.as_mut().poll(cx))).await {
-            Poll::Ready(Ok(object)) => object,
-            Poll::Ready(Err(PoolError::Timeout(_))) => Box::pin(self.wait(limit)).await?,
-            Poll::Ready(Err(e)) => return Err(self.not_lent(e, Duration::ZERO)),
-            // There is a place, and a connection has to be made for it, or to show a sign of life.
+        let first = poll_fn(|cx| Poll::Ready(pin!(&mut get).poll(cx))).await;
+        let (got, waited) = match first {
+            Poll::Ready(got) => (got, Duration::ZERO),
             Poll::Pending => {
                 let started = Instant::now();
-                match timeout(limit, get).await {
-                    Ok(object) => object.map_err(|e| self.not_lent(e, started.elapsed()))?,
-                    Err(_) => return Err(self.refused(AcquirePhase::Connecting, started.elapsed())),
+                let waiter = (!placed.load(Relaxed)).then(|| Counted::new(waiting));
+                if let (Some((_, before)), Some(limit)) = (&waiter, config.max_waiting) {
+                    if *before >= limit {
+                        return Err(self.refused(AcquirePhase::TooManyWaiters, Duration::ZERO));
+                    }
+                }
+                match timeout(limit, &mut get).await {
+                    Ok(got) => (got, started.elapsed()),
+                    Err(_) if placed.load(Relaxed) => {
+                        return Err(self.refused(AcquirePhase::Connecting, started.elapsed()));
+                    }
+                    Err(_) => return Err(self.refused(AcquirePhase::Waiting, started.elapsed())),
                 }
             }
         };
+        let object = got.map_err(|e| self.not_lent(e, waited))?;
         if Object::metrics(&object).recycle_count == 0 {
             self.inner.maintenance.ensure_running(pool, config);
         }
         Ok(Session::new(object))
-    }
-
-    /// Waits in turn until a session comes back.
-    async fn wait(&self, limit: Duration) -> Result<Object<ConnectionManager>, Error> {
-        let Inner { pool, config, waiting, .. } = &*self.inner;
-        let (_waiter, before) = Counted::new(waiting);
-        if config.max_waiting.is_some_and(|limit| before >= limit) {
-            return Err(self.refused(AcquirePhase::TooManyWaiters, Duration::ZERO));
-        }
-        let started = Instant::now();
-        let mut get = pin!(watched(pool.timeout_get(&IN_TURN)));
-        match timeout(limit, get.as_mut()).await {
-            Ok(object) => object.map_err(|e| self.not_lent(e, started.elapsed())),
-            Err(_) => {
-                let had_a_place = get.as_mut().take_value().is_some_and(|place| place.get());
-                let phase = if had_a_place { AcquirePhase::Connecting } else { AcquirePhase::Waiting };
-                Err(self.refused(phase, started.elapsed()))
-            }
-        }
     }
 
     fn not_lent(&self, error: PoolError<Arc<ConnectError>>, waited: Duration) -> Error {
@@ -269,7 +258,7 @@ impl SessionManager {
             loop {
                 let limit = self.inner.config.acquire_timeout;
                 let limit = run.left().map_or(limit, |left| left.min(limit));
-                let session = match self.acquire_within(limit).instrument(observe::acquire()).await {
+                let session = match self.acquire_within(limit).await {
                     Err(Error::Acquire(_)) if run.left() == Some(Duration::ZERO) => {
                         return Err(run.too_late().into());
                     }

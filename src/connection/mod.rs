@@ -19,7 +19,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Row, Statement};
 
 pub(crate) use link::Link;
-pub(crate) use pooled::{ConnectionManager, Counted, Registration, watched};
+pub(crate) use pooled::{ConnectionManager, Counted, Registration, watch};
 pub use stream::{CopyIn, CopyOut, RowStream};
 pub(crate) use turn::{Turn, Verdict};
 

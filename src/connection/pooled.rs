@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
@@ -14,7 +14,6 @@ use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
-use tokio::task::futures::TaskLocalFuture;
 use tokio::time::timeout;
 
 use super::link::Link;
@@ -31,19 +30,19 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_PAUSE: Duration = Duration::from_millis(20);
 const CONNECT_PAUSE_MAX: Duration = Duration::from_millis(500);
 
-tokio::task_local! {
-    /// Whether whoever asks the pool has got a place in it, and waits for the connection only.
-    static PLACED: Cell<bool>;
+thread_local! {
+    /// Whether whoever asks the pool right now has got a place in it, and waits for the connection only.
+    static PLACED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Asks the pool; the value tells how far that got.
-pub(crate) fn watched<F: Future>(get: F) -> TaskLocalFuture<Cell<bool>, F> {
-    PLACED.scope(Cell::new(false), get)
-}
-
-fn placed() {
-    // Whoever is not watched does not need to know.
-    let _ = PLACED.try_with(|placed| placed.set(true));
+/// Asks the pool once, and notes whether it has granted a place.
+pub(crate) fn watch<T>(placed: &AtomicBool, ask: impl FnOnce() -> T) -> T {
+    PLACED.set(false);
+    let answer = ask();
+    if PLACED.take() {
+        placed.store(true, Relaxed);
+    }
+    answer
 }
 
 /// Makes connections for one pool.
@@ -89,6 +88,31 @@ impl ConnectionManager {
 
     fn last_error_slot(&self) -> MutexGuard<'_, Option<Arc<ConnectError>>> {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn connect_patiently(&self) -> Result<Connection, Arc<ConnectError>> {
+        let (_connecting, _) = Counted::new(&self.connecting);
+        PLACED.set(true);
+        let mut pause = CONNECT_PAUSE;
+        loop {
+            match self.connect().await {
+                Ok(connection) => {
+                    *self.last_error_slot() = None;
+                    return Ok(connection);
+                }
+                Err(e) => {
+                    // A server that is starting (57P03) or full (53300) is worth waiting for; the acquire has a limit.
+                    let busy = e.code().is_some_and(|code| matches!(code.code(), "57P03" | "53300"));
+                    let e = Arc::new(e);
+                    *self.last_error_slot() = Some(Arc::clone(&e));
+                    if !busy {
+                        return Err(e);
+                    }
+                    tokio::time::sleep(pause / 2 + jitter(pause / 2)).await;
+                    pause = (pause * 2).min(CONNECT_PAUSE_MAX);
+                }
+            }
+        }
     }
 
     /// Makes a connection at home, so that it does not die with the runtime of whoever happened to need it first.
@@ -148,29 +172,8 @@ impl Manager for ConnectionManager {
     type Error = Arc<ConnectError>;
 
     async fn create(&self) -> Result<Connection, Self::Error> {
-        let (_connecting, _) = Counted::new(&self.connecting);
-        placed();
-        let mut pause = CONNECT_PAUSE;
-        loop {
-            // Boxed: it is large and seldom needed, and every acquire would carry it along.
-            match Box::pin(self.connect()).await {
-                Ok(connection) => {
-                    *self.last_error_slot() = None;
-                    return Ok(connection);
-                }
-                Err(e) => {
-                    // A server that is starting (57P03) or full (53300) is worth waiting for; the acquire has a limit.
-                    let busy = e.code().is_some_and(|code| matches!(code.code(), "57P03" | "53300"));
-                    let e = Arc::new(e);
-                    *self.last_error_slot() = Some(Arc::clone(&e));
-                    if !busy {
-                        return Err(e);
-                    }
-                    tokio::time::sleep(pause / 2 + jitter(pause / 2)).await;
-                    pause = (pause * 2).min(CONNECT_PAUSE_MAX);
-                }
-            }
-        }
+        // Boxed: it is large and seldom needed, and every acquire would carry it along, several times over.
+        Box::pin(self.connect_patiently()).await
     }
 
     async fn recycle(&self, connection: &mut Connection, _: &Metrics) -> RecycleResult<Self::Error> {
@@ -182,7 +185,7 @@ impl Manager for ConnectionManager {
             return Err(RecycleError::message("expired"));
         }
         if idle > self.config.check_after_idle {
-            placed();
+            PLACED.set(true);
             match Box::pin(timeout(CHECK_TIMEOUT, connection.client.check_connection())).await {
                 Ok(Ok(())) => {}
                 _ => return Err(RecycleError::message("dead")),
