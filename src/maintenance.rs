@@ -1,7 +1,7 @@
 //! What is done to idle connections while nobody looks.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use deadpool::managed::{Pool, WeakPool};
 use tokio::task::JoinHandle;
@@ -40,12 +40,14 @@ impl Maintenance {
 }
 
 async fn run(pool: WeakPool<ConnectionManager>, interval: Duration, idle_timeout: Option<Duration>) {
-    let keep = |connection: &Connection| {
-        !connection.is_expired() && idle_timeout.is_none_or(|limit| connection.idle_since.elapsed() <= limit)
+    let keep = |connection: &Connection, now: Instant| {
+        let idle = now.saturating_duration_since(connection.idle_since);
+        !connection.is_expired(now) && idle_timeout.is_none_or(|limit| idle <= limit)
     };
     loop {
         sleep(interval).await;
         let Some(pool) = pool.upgrade().filter(|pool| !pool.is_closed()) else { return };
-        drop(pool.retain(|connection, _| keep(connection)).removed);
+        let now = Instant::now();
+        drop(pool.retain(|connection, _| keep(connection, now)).removed);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Deref;
+use std::time::Instant;
 
 use deadpool::managed::Object;
 use tracing::Instrument;
@@ -183,13 +184,16 @@ impl fmt::Debug for Session {
 impl Drop for Session {
     fn drop(&mut self) {
         let Some(object) = self.object.take() else { return };
+        let now = Instant::now();
         let verdict = match object.verdict() {
-            Verdict::Clean | Verdict::Repair if object.is_expired() => Verdict::Close("its lifetime is over"),
+            Verdict::Clean | Verdict::Repair if object.is_expired(now) => {
+                Verdict::Close("its lifetime is over")
+            }
             verdict => verdict,
         };
         let custody = Custody { object: Some(object) };
         match verdict {
-            Verdict::Clean => custody.give_back(),
+            Verdict::Clean => custody.give_back(now),
             Verdict::Close(reason) => custody.close(reason),
             Verdict::Repair => {
                 observe::connection_repairing();
@@ -197,7 +201,7 @@ impl Drop for Session {
                 // Dropped unfinished, as when the runtime is shut down, the custody closes the connection.
                 runtime.spawn(async move {
                     match custody.connection().repair().await {
-                        Ok(()) => custody.give_back(),
+                        Ok(()) => custody.give_back(Instant::now()),
                         Err(reason) => custody.close(reason),
                     }
                 });
@@ -217,9 +221,9 @@ impl Custody {
         self.object.as_ref().expect("a custody has its connection until its end")
     }
 
-    fn give_back(mut self) {
+    fn give_back(mut self, now: Instant) {
         if let Some(mut object) = self.object.take() {
-            object.rest();
+            object.rest(now);
             drop(object);
         }
     }

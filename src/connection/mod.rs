@@ -100,8 +100,8 @@ impl Connection {
     }
 
     /// It goes back to the pool.
-    pub(crate) fn rest(&mut self) {
-        self.idle_since = Instant::now();
+    pub(crate) fn rest(&mut self, now: Instant) {
+        self.idle_since = now;
     }
 
     /// Which pool it belongs to.

@@ -180,8 +180,9 @@ impl Manager for ConnectionManager {
         if !connection.is_usable() {
             return Err(RecycleError::message("closed"));
         }
-        let idle = connection.idle_since.elapsed();
-        if connection.is_expired() || self.config.idle_timeout.is_some_and(|limit| idle > limit) {
+        let now = Instant::now();
+        let idle = now.saturating_duration_since(connection.idle_since);
+        if connection.is_expired(now) || self.config.idle_timeout.is_some_and(|limit| idle > limit) {
             return Err(RecycleError::message("expired"));
         }
         if idle > self.config.check_after_idle {
@@ -200,8 +201,8 @@ impl Connection {
         self.link.flow().broken.is_none() && !self.client.is_closed() && self.wire().fatal().is_none()
     }
 
-    pub(crate) fn is_expired(&self) -> bool {
-        self.expires.is_some_and(|at| at <= Instant::now())
+    pub(crate) fn is_expired(&self, now: Instant) -> bool {
+        self.expires.is_some_and(|at| at <= now)
     }
 }
 
