@@ -66,9 +66,9 @@ impl SessionManagerBuilder {
     /// else the one in which a connection is first needed.
     ///
     /// Sessions may be used on any runtime, and a connection does not end with the one that happened to need it first:
-    /// that is what makes one manager fit for actix-web, whose workers have a runtime each. The chosen runtime must be
-    /// running: one that nobody drives makes no connection until [`acquire_timeout`](SessionConfig::acquire_timeout).
-    /// Should it be shut down, its connections end, and new ones are made where they are needed.
+    /// that is what makes one manager fit for actix-web, whose workers have a runtime each. Should the runtime be shut
+    /// down, its connections end, and new ones are made where they are needed; also if it is blocked, or not driven at
+    /// all, for over a second.
     pub fn runtime(mut self, runtime: Handle) -> Self {
         self.runtime = Some(runtime);
         self

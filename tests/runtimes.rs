@@ -107,3 +107,17 @@ fn connections_live_on_the_runtime_that_was_chosen() {
 
     assert_eq!(pids[0], pids[1]);
 }
+
+#[tokio::test]
+async fn a_runtime_that_is_blocked_keeps_nobody_from_connecting() {
+    let database = Database::new().await;
+    let sessions = database.sessions();
+
+    // Blocks this runtime's only thread, on which the manager was made.
+    let one: i32 = on_a_worker(async || {
+        let session = sessions.acquire().await.expect("a session");
+        session.query_one("SELECT 1", &[]).await.expect("a row").get(0)
+    });
+
+    assert_eq!(one, 1);
+}

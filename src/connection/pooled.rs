@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use deadpool::managed::{Manager, Metrics, RecycleError, RecycleResult};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -26,6 +26,8 @@ use crate::statements::Statements;
 
 /// How long an idle connection may take to show a sign of life.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a runtime of one thread may be busy, or left alone, before connections are made elsewhere.
+const HOME_LIMIT: Duration = Duration::from_secs(1);
 /// The first pause after a server that is starting or full; it doubles up to the second.
 const CONNECT_PAUSE: Duration = Duration::from_millis(20);
 const CONNECT_PAUSE_MAX: Duration = Duration::from_millis(500);
@@ -115,21 +117,49 @@ impl ConnectionManager {
         }
     }
 
-    /// Makes a connection at home, so that it does not die with the runtime of whoever happened to need it first.
+    /// Makes a connection at home, so that it does not die with the runtime of whoever happened to need it first; or
+    /// here, if home is gone or does not answer.
     async fn connect(&self) -> Result<Connection, ConnectError> {
-        let mut task = JoinSet::new(); // aborts it when dropped
-        for runtime in self.home.iter().chain([&Handle::current()]) {
-            let (config, register) = (Arc::clone(&self.config), Arc::clone(&self.register));
-            task.spawn_on(connect(config, register), runtime);
-            match task.join_next().await {
-                Some(Ok(result)) => return result,
-                Some(Err(e)) if e.is_panic() => std::panic::resume_unwind(e.into_panic()),
-                // That runtime was shut down.
-                _ => {}
+        if let Some(home) = &self.home {
+            let (task, begun) = self.connect_on(home);
+            if timeout(HOME_LIMIT, begun).await.is_ok() {
+                if let Some(result) = outcome(task).await {
+                    return result;
+                }
             }
         }
-        let cause = ConnectCause::Refused("the runtime is shutting down".into());
-        Err(ConnectError { target: self.config.targets(), phase: "starting", cause })
+        let (task, _) = self.connect_on(&Handle::current());
+        outcome(task).await.unwrap_or_else(|| {
+            let cause = ConnectCause::Refused("the runtime is shutting down".into());
+            Err(ConnectError { target: self.config.targets(), phase: "starting", cause })
+        })
+    }
+
+    /// Starts a task that makes a connection, and is aborted with the set; also returns what ends when it is polled.
+    fn connect_on(
+        &self,
+        runtime: &Handle,
+    ) -> (JoinSet<Result<Connection, ConnectError>>, oneshot::Receiver<()>) {
+        let (config, register) = (Arc::clone(&self.config), Arc::clone(&self.register));
+        let (begins, begun) = oneshot::channel();
+        let mut task = JoinSet::new();
+        let connect = async move {
+            drop(begins);
+            connect(config, register).await
+        };
+        task.spawn_on(connect, runtime);
+        (task, begun)
+    }
+}
+
+/// What came of a connect; nothing if its runtime was shut down.
+async fn outcome(
+    mut task: JoinSet<Result<Connection, ConnectError>>,
+) -> Option<Result<Connection, ConnectError>> {
+    match task.join_next().await? {
+        Ok(result) => Some(result),
+        Err(e) if e.is_panic() => std::panic::resume_unwind(e.into_panic()),
+        Err(_) => None,
     }
 }
 
