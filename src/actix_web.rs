@@ -57,6 +57,12 @@
 //! [`RequestTransactions`] a [deadline](crate::TransactionOptions::deadline): when it passes, what the handler runs is
 //! cancelled on the server, and the transaction is rolled back. A request that actix-web does drop, as at a forced
 //! shutdown, is cleaned up at once.
+//!
+//! # Shutdown
+//!
+//! `ServerHandle::stop(true)` waits for the requests under way, but only since `actix-server` 2.9.1: an earlier one may drop
+//! them all, which rolls their transactions back (actix-net, pull request 945). `cargo update -p actix-server` gets a newer
+//! one, which needs Rust 1.89. Close the [`SessionManager`] after the server has ended.
 
 use std::error::Error as StdError;
 use std::future::{Future, Ready, ready};
