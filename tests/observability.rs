@@ -118,3 +118,30 @@ async fn debug_output_shows_no_secret() {
     let tx = session.begin().await.unwrap();
     assert!(!format!("{tx:?}").contains("hunter2"));
 }
+
+#[cfg(feature = "problem")]
+#[tokio::test]
+async fn what_a_client_is_not_told_is_in_the_log() {
+    use pg_session::{Problem, Problems};
+
+    let log = Log::default();
+    let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(log.clone()));
+    let db = Database::new().await;
+    db.run("CREATE TABLE t (a int PRIMARY KEY)").await;
+    let session = db.sessions().acquire().await.unwrap();
+    session.execute("INSERT INTO t VALUES (1)", &[]).await.unwrap();
+    let conflict = Problem::from(session.execute("INSERT INTO t VALUES (1)", &[]).await.unwrap_err());
+    conflict.log();
+    assert!(log.has(&["event pg_session DEBUG", "status=409", "code=\"unique_violation\"", "t_pkey"]));
+    let broken = session.execute("SELECT 1 FROM nowhere", &[]).await.unwrap_err();
+    Problems::new().problem(broken).log();
+    assert!(log.has(&["event pg_session ERROR", "status=500", "nowhere", "42P01"]));
+    let busy = db.sessions();
+    busy.close().await;
+    Problem::from(busy.acquire().await.unwrap_err()).log();
+    assert!(log.has(&["event pg_session WARN", "status=503", "the session manager is closed"]));
+    // A problem of the service's own has no cause.
+    let before = log.lines().len();
+    Problem::new(404, "not_here").log();
+    assert_eq!(log.lines().len(), before);
+}
