@@ -271,7 +271,7 @@ async fn an_error_of_the_stream_comes_back_and_nothing_is_stored() {
         }
     }
     let (_db, _sessions, session) = session_with(ITEMS).await;
-    for good in [0, 1, 50_000] {
+    for good in [0i64, 1, 50_000] {
         let rows = stream::iter((0..good).map(|id| Ok((id, "a"))).chain([Err(Mine::Own)]));
         let error = within(session.copy_rows_in("items", &[]).try_send_stream(rows)).await.unwrap_err();
         assert!(matches!(error, Mine::Own));
@@ -425,7 +425,7 @@ async fn names_are_quoted_and_generated_columns_left_out() {
     assert_eq!(all.columns().len(), 3);
     drop(all);
     let injected = session.copy_rows_in("items; DROP SCHEMA \"My.Shop\" CASCADE --", &[]).send([(1i64,)]);
-    assert_eq!(within(injected).await.unwrap_err().code().unwrap().code(), "42P01");
+    assert_eq!(within(injected).await.unwrap_err().code().unwrap().code(), "3F000"); // no such schema
     assert_eq!(db.number("SELECT count(*) FROM \"My.Shop\".\"a \"\"b\"\" c\"").await, 3);
 }
 

@@ -28,6 +28,7 @@ pub struct CopyRowsOut<'a> {
     rows: u64,
     begun: bool,
     ended: bool,
+    failed: bool,
 }
 
 impl<'a> CopyRowsOut<'a> {
@@ -35,7 +36,7 @@ impl<'a> CopyRowsOut<'a> {
         let described = connection.describe(query).await?;
         // On a line of its own, lest a comment at the end of the query hide the parenthesis.
         let data = connection.copy_out(&format!("COPY ({query}\n) TO STDOUT (FORMAT binary)")).await?;
-        Ok(Self { data, described, rows: 0, begun: false, ended: false })
+        Ok(Self { data, described, rows: 0, begun: false, ended: false, failed: false })
     }
 
     /// The columns, with their types.
@@ -92,16 +93,23 @@ impl Stream for CopyRowsOut<'_> {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
+        if this.failed {
+            return Poll::Ready(None); // the driver would fail again and again
+        }
         loop {
             let item = match ready!(Pin::new(&mut this.data).poll_next(cx)) {
                 None if this.ended => return Poll::Ready(None),
                 None => Err("the data ended without a trailer"),
-                Some(Err(e)) => return Poll::Ready(Some(Err(e))),
+                Some(Err(e)) => {
+                    this.failed = true;
+                    return Poll::Ready(Some(Err(e)));
+                }
                 Some(Ok(data)) => match this.row(data) {
                     Some(row) => row,
                     None => continue,
                 },
             };
+            this.failed = item.is_err();
             let number = this.rows + 1;
             let error = |reason| Error::copy(number, None, CopyCause::Malformed(reason));
             return Poll::Ready(Some(item.map_err(error)));
