@@ -44,9 +44,7 @@ async fn every_plain_type_goes_in_and_comes_out() {
     let (_db, _sessions, session) = session_with(
         "CREATE TYPE mood AS ENUM ('glad', 'sad'); CREATE DOMAIN cents AS bigint CHECK (VALUE >= 0);
          CREATE TABLE t (n int, a bool, b \"char\", c smallint, d int, e bigint, f oid, g real, h float8, i text, \
-             j varchar(9), k bytea, l timestamptz, m int[], o text[], p cents, q mood, r hstore)"
-            .replace(", r hstore", "")
-            .as_str(),
+             j varchar(9), k bytea, l timestamptz, m int[], o text[], p cents, q mood)",
     )
     .await;
     let at = SystemTime::UNIX_EPOCH + Duration::from_micros(1_700_000_000_123_456);
@@ -199,7 +197,7 @@ async fn a_row_that_does_not_fit_is_named_and_nothing_is_stored() {
 
     for wrong in [vec![1i64], vec![1, 2, 3], vec![]] {
         let fields = wrong.len();
-        let error = within(session.copy_rows_in("items", &["id", "id2"][..1]).send([wrong.clone()])).await;
+        let error = within(session.copy_rows_in("items", &["id"]).send([wrong.clone()])).await;
         match fields {
             1 => assert!(error.unwrap_err().is_not_null_violation()),
             _ => assert_eq!(copy_error(&error.unwrap_err()), (1, None), "{fields} fields"),
