@@ -36,6 +36,10 @@ pub enum Error {
     #[error(transparent)]
     Database(DriverError),
 
+    /// A COPY failed at one row; nothing is stored, and the session is still usable.
+    #[error(transparent)]
+    Copy(Box<CopyError>),
+
     /// The connection is gone; a statement that was under way has no known result unless it was inside a
     /// transaction, which is then rolled back.
     #[error(transparent)]
@@ -95,6 +99,10 @@ impl Error {
         Self::Config(message.into())
     }
 
+    pub(crate) fn copy(row: u64, column: Option<Box<str>>, cause: CopyCause) -> Self {
+        Self::Copy(Box::new(CopyError { row, column, cause }))
+    }
+
     pub(crate) fn lost(reason: &'static str, fatal: Option<Arc<ServerError>>) -> Self {
         Self::ConnectionLost(Box::new(ConnectionLost { reason, fatal }))
     }
@@ -106,6 +114,7 @@ impl Error {
             Self::Connect(e) => e.code(),
             Self::Acquire(e) => e.last_connect_error.as_ref().and_then(|e| e.code()),
             Self::Database(e) => e.0.code(),
+            Self::Copy(e) => e.server().and_then(|e| e.0.code()),
             Self::ConnectionLost(e) => e.fatal.as_ref().map(|e| e.code()),
             Self::Aborted(e) => Some(e.code()),
             Self::CommitUnknown(e) => e.code(),
@@ -118,7 +127,7 @@ impl Error {
     #[must_use]
     pub fn constraint(&self) -> Option<&str> {
         match self {
-            Self::Database(e) => e.0.as_db_error().and_then(DbError::constraint),
+            Self::Database(_) | Self::Copy(_) => self.db_error().and_then(DbError::constraint),
             Self::Aborted(e) => e.constraint(),
             Self::RetriesExhausted { source, .. } => source.constraint(),
             _ => None,
@@ -132,6 +141,7 @@ impl Error {
     pub fn db_error(&self) -> Option<&DbError> {
         match self {
             Self::Database(e) => e.0.as_db_error(),
+            Self::Copy(e) => e.server().and_then(|e| e.0.as_db_error()),
             Self::RetriesExhausted { source, .. } => source.db_error(),
             _ => None,
         }
@@ -259,6 +269,75 @@ impl std::error::Error for DriverError {
         match self.0.as_db_error() {
             Some(_) => None,
             None => std::error::Error::source(&self.0),
+        }
+    }
+}
+
+/// Which row of a COPY is wrong, and what with it.
+///
+/// The cause, if it is another's, is the [source](std::error::Error::source): the server's error, or what a value's
+/// conversion failed with.
+#[derive(Debug)]
+pub struct CopyError {
+    row: u64,
+    column: Option<Box<str>>,
+    cause: CopyCause,
+}
+
+#[derive(Debug)]
+pub(crate) enum CopyCause {
+    Server(DriverError),
+    Value(Box<dyn std::error::Error + Sync + Send>),
+    FieldCount { fields: usize, columns: usize },
+    NoColumn(Box<str>),
+    Malformed(&'static str),
+}
+
+impl CopyError {
+    /// The number of the row; the first is 1.
+    #[must_use]
+    pub fn row(&self) -> u64 {
+        self.row
+    }
+
+    /// The name of the column, if it is one column that is wrong.
+    #[must_use]
+    pub fn column(&self) -> Option<&str> {
+        self.column.as_deref()
+    }
+
+    fn server(&self) -> Option<&DriverError> {
+        match &self.cause {
+            CopyCause::Server(e) => Some(e),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for CopyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "row {} of the COPY", self.row)?;
+        if let Some(column) = &self.column {
+            write!(f, ", column {column:?},")?;
+        }
+        match &self.cause {
+            CopyCause::Server(_) => write!(f, " was refused"),
+            CopyCause::Value(_) => write!(f, " could not be converted"),
+            CopyCause::FieldCount { fields, columns } => {
+                write!(f, " does not fit: the number of its fields is {fields}, of the columns {columns}")
+            }
+            CopyCause::NoColumn(column) => write!(f, " has no column {column:?}"),
+            CopyCause::Malformed(reason) => write!(f, " cannot be read: {reason}"),
+        }
+    }
+}
+
+impl std::error::Error for CopyError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match &self.cause {
+            CopyCause::Server(e) => Some(e),
+            CopyCause::Value(e) => Some(&**e),
+            CopyCause::FieldCount { .. } | CopyCause::NoColumn(_) | CopyCause::Malformed(_) => None,
         }
     }
 }

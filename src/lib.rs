@@ -32,7 +32,8 @@
 //! | a session for a while | [`SessionManager::acquire`] |
 //! | rows, one row, perhaps a row, a count | [`query`](Connection::query), [`query_one`](Connection::query_one), [`query_opt`](Connection::query_opt), [`execute`](Connection::execute) |
 //! | rows as they come | [`query_stream`](Connection::query_stream) |
-//! | COPY | [`copy_in`](Connection::copy_in), [`copy_out`](Connection::copy_out) |
+//! | many rows stored, or read, with COPY | [`copy_rows_in`](Connection::copy_rows_in), [`copy_rows_out`](Connection::copy_rows_out), [`copy_query_out`](Connection::copy_query_out) |
+//! | COPY of text, CSV or a file | [`copy_in`](Connection::copy_in), [`copy_out`](Connection::copy_out) |
 //! | a unit of work | [`Session::transaction`], [`SessionManager::transaction`] |
 //! | an isolation level, read-only, settings for row-level security, a deadline | [`TransactionOptions`] with [`transaction_with`](Session::transaction_with) |
 //! | part of it undone | [`Transaction::savepoint`] |
@@ -117,9 +118,13 @@ mod status;
 mod transaction;
 
 pub use config::{Reset, SessionConfig, TargetSessionAttrs};
-pub use connection::{Connection, CopyIn, CopyOut, RowStream};
+pub use connection::{
+    ColumnIndex, Connection, CopiedRow, CopyIn, CopyOut, CopyProgress, CopyRow, CopyRowsIn, CopyRowsOut,
+    FieldWriter, RowStream, TableName,
+};
 pub use error::{
-    AcquireError, AcquirePhase, CommitUnknown, ConnectError, ConnectionLost, DriverError, Error, ServerError,
+    AcquireError, AcquirePhase, CommitUnknown, ConnectError, ConnectionLost, CopyError, DriverError, Error,
+    ServerError,
 };
 pub use executor::Executor;
 #[cfg(any(feature = "axum", feature = "actix-web"))]

@@ -97,6 +97,11 @@ impl Wire {
         self.secret_key.load(Relaxed)
     }
 
+    /// Whether the server has reported an error, and reads over what it is sent until it is told that this is the end.
+    pub(crate) fn is_erring(&self) -> bool {
+        self.erring.load(SeqCst)
+    }
+
     /// Waits until the status is that after the last error. The driver answers a request with its error before it has
     /// read the ReadyForQuery behind it, which says how the session stands; that is on its way already.
     pub(crate) async fn recovered(&self) {

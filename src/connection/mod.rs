@@ -1,5 +1,7 @@
 //! One server connection: its client, its statement cache, and the verbs.
 
+mod copy_in;
+mod copy_out;
 mod link;
 mod pooled;
 mod reset;
@@ -18,6 +20,8 @@ use tokio::runtime::Handle;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Row, Statement};
 
+pub use copy_in::{CopyProgress, CopyRow, CopyRowsIn, FieldWriter, TableName};
+pub use copy_out::{ColumnIndex, CopiedRow, CopyRowsOut};
 pub(crate) use link::Link;
 pub(crate) use pooled::{ConnectionManager, Counted, Registration, watch};
 pub use stream::{CopyIn, CopyOut, RowStream};
@@ -368,6 +372,66 @@ impl Connection {
             }
         })?;
         Ok(CopyIn::new(self, sink, turn))
+    }
+
+    /// Stores rows in a table with COPY: the fastest way in for more than a few. All of them are stored, or none.
+    ///
+    /// The types of the columns are taken from the table, each time (one round trip). No `columns` at all mean all that
+    /// can be written, in the order of the table, identity columns included and generated ones not (one more).
+    ///
+    /// ```no_run
+    /// # async fn f(db: &pg_session::Connection) -> Result<(), pg_session::Error> {
+    /// let rows = [("tea", Some(350i64)), ("air", None)];
+    /// let stored = db
+    ///     .copy_rows_in("shop.items", &["name", "price_cents"])
+    ///     .progress(|sent| println!("{} rows, {} bytes", sent.rows, sent.bytes))
+    ///     .send(rows)
+    ///     .await?;
+    /// assert_eq!(stored, 2);
+    /// # Ok(()) }
+    /// ```
+    pub fn copy_rows_in(&self, table: impl Into<TableName>, columns: &[&str]) -> CopyRowsIn<'_> {
+        CopyRowsIn::new(self, table.into(), columns)
+    }
+
+    /// Reads rows of a table with COPY, as they come and with bounded memory. No `columns` at all mean all of them. In
+    /// the table's own order, which is none; [`copy_query_out`](Self::copy_query_out) takes an ORDER BY.
+    ///
+    /// Until the stream is read to its end or dropped, other statements on this connection fail with
+    /// [`Error::StreamOpen`]; dropped early, the rest is cancelled on the server.
+    ///
+    /// ```no_run
+    /// # async fn f(db: &pg_session::Connection) -> Result<(), pg_session::Error> {
+    /// let mut items = db.copy_rows_out("shop.items", &["name", "price_cents"]).await?;
+    /// while let Some(item) = items.next().await {
+    ///     let item = item?;
+    ///     let (name, cents): (&str, Option<i64>) = (item.get("name"), item.get(1));
+    ///     println!("{name}: {cents:?}");
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`query`](Self::query); an error in the middle comes out of the stream.
+    pub async fn copy_rows_out(
+        &self,
+        table: impl Into<TableName>,
+        columns: &[&str],
+    ) -> Result<CopyRowsOut<'_>, Error> {
+        let list = if columns.is_empty() { "*".to_owned() } else { copy_in::list(columns) };
+        let query = format!("SELECT {list} FROM {}", table.into());
+        CopyRowsOut::start(self, &query).await
+    }
+
+    /// As [`copy_rows_out`](Self::copy_rows_out), the rows of a query. It becomes a part of a COPY statement, which
+    /// takes no parameters, and no semicolon inside. Never build the text from what users entered.
+    ///
+    /// # Errors
+    ///
+    /// As [`query`](Self::query); an error in the middle comes out of the stream.
+    pub async fn copy_query_out(&self, query: &str) -> Result<CopyRowsOut<'_>, Error> {
+        CopyRowsOut::start(self, query).await
     }
 
     /// Starts `COPY … TO STDOUT` and streams what it yields.

@@ -219,7 +219,7 @@ fn class_of(error: &ServerError) -> Option<RetryClass> {
 fn class_of_error(error: &Error, tx: &Transaction<'_>) -> Option<RetryClass> {
     match error {
         Error::Aborted(first) => class_of(first),
-        Error::Database(e) => e.inner().code().and_then(|code| RetryClass::of(code.code())),
+        Error::Database(_) | Error::Copy(_) => error.code().and_then(|code| RetryClass::of(code.code())),
         // Lost before COMMIT was sent.
         Error::ConnectionLost(_) => match tx.connection.wire().first_error(0) {
             Some(first) => class_of(&first),
