@@ -40,6 +40,10 @@ pub enum Error {
     #[error(transparent)]
     Copy(Box<CopyError>),
 
+    /// One statement of a [`Batch`](crate::Batch), or one row of `execute_many`, was refused. The session is still usable.
+    #[error(transparent)]
+    Batch(Box<BatchError>),
+
     /// The connection is gone; a statement that was under way has no known result unless it was inside a
     /// transaction, which is then rolled back.
     #[error(transparent)]
@@ -85,8 +89,9 @@ pub enum Error {
         attempts: u32,
     },
 
-    /// A row stream or COPY is still open on this session; finish or drop it before the next statement.
-    #[error("a row stream or COPY is still open on this session; finish or drop it first")]
+    /// A row stream or COPY is still open on this session, or `execute_many` is at work; finish or drop it before the
+    /// next statement. Likewise `execute_many` itself, which needs the session for itself, beside any statement.
+    #[error("a row stream, COPY or other statement is still open on this session; finish or drop it first")]
     StreamOpen,
 
     /// Another handle of this request's transaction is in a savepoint.
@@ -103,6 +108,18 @@ impl Error {
         Self::Copy(Box::new(CopyError { row, column, cause }))
     }
 
+    pub(crate) fn batch(part: BatchPart, cause: BatchCause) -> Self {
+        Self::Batch(Box::new(BatchError { part, cause }))
+    }
+
+    /// A refusal, with the part of a batch that it is about.
+    pub(crate) fn in_batch(self, part: BatchPart) -> Self {
+        match self {
+            Self::Database(e) => Self::batch(part, BatchCause::Refused(e)),
+            other => other,
+        }
+    }
+
     pub(crate) fn lost(reason: &'static str, fatal: Option<Arc<ServerError>>) -> Self {
         Self::ConnectionLost(Box::new(ConnectionLost { reason, fatal }))
     }
@@ -115,6 +132,7 @@ impl Error {
             Self::Acquire(e) => e.last_connect_error.as_ref().and_then(|e| e.code()),
             Self::Database(e) => e.0.code(),
             Self::Copy(e) => e.server().and_then(|e| e.0.code()),
+            Self::Batch(e) => e.refused().and_then(|e| e.0.code()),
             Self::ConnectionLost(e) => e.fatal.as_ref().map(|e| e.code()),
             Self::Aborted(e) => Some(e.code()),
             Self::CommitUnknown(e) => e.code(),
@@ -127,7 +145,9 @@ impl Error {
     #[must_use]
     pub fn constraint(&self) -> Option<&str> {
         match self {
-            Self::Database(_) | Self::Copy(_) => self.db_error().and_then(DbError::constraint),
+            Self::Database(_) | Self::Copy(_) | Self::Batch(_) => {
+                self.db_error().and_then(DbError::constraint)
+            }
             Self::Aborted(e) => e.constraint(),
             Self::RetriesExhausted { source, .. } => source.constraint(),
             _ => None,
@@ -142,6 +162,7 @@ impl Error {
         match self {
             Self::Database(e) => e.0.as_db_error(),
             Self::Copy(e) => e.server().and_then(|e| e.0.as_db_error()),
+            Self::Batch(e) => e.refused().and_then(|e| e.0.as_db_error()),
             Self::RetriesExhausted { source, .. } => source.db_error(),
             _ => None,
         }
@@ -338,6 +359,98 @@ impl std::error::Error for CopyError {
             CopyCause::Server(e) => Some(e),
             CopyCause::Value(e) => Some(&**e),
             CopyCause::FieldCount { .. } | CopyCause::NoColumn(_) | CopyCause::Malformed(_) => None,
+        }
+    }
+}
+
+/// Which statement of a [`Batch`](crate::Batch), or which row of `execute_many`, is wrong, and what with it.
+///
+/// The cause, if it is another's, is the [source](std::error::Error::source): the server's error, or what a value's
+/// conversion failed with.
+#[derive(Debug)]
+pub struct BatchError {
+    part: BatchPart,
+    cause: BatchCause,
+}
+
+/// The number of a statement, or of a row; the first is 1.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum BatchPart {
+    Statement(u64),
+    Row(u64),
+}
+
+impl BatchPart {
+    /// The statement with this index; the first is 0.
+    pub(crate) fn statement(index: usize) -> Self {
+        Self::Statement(index as u64 + 1)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) enum BatchCause {
+    Refused(DriverError),
+    /// The first parameter is 1, as in SQL.
+    Value {
+        parameter: usize,
+        cause: Box<dyn std::error::Error + Sync + Send>,
+    },
+    ParameterCount {
+        given: usize,
+        wanted: usize,
+    },
+}
+
+impl BatchError {
+    /// The number of the statement or row, in the order in which they were given; the first is 1.
+    #[must_use]
+    pub fn position(&self) -> u64 {
+        match self.part {
+            BatchPart::Statement(number) | BatchPart::Row(number) => number,
+        }
+    }
+
+    /// The number of the parameter, if it is one that could not be converted; `$1` is 1.
+    #[must_use]
+    pub fn parameter(&self) -> Option<usize> {
+        match self.cause {
+            BatchCause::Value { parameter, .. } => Some(parameter),
+            _ => None,
+        }
+    }
+
+    fn refused(&self) -> Option<&DriverError> {
+        match &self.cause {
+            BatchCause::Refused(e) => Some(e),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for BatchError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.part {
+            BatchPart::Statement(number) => write!(f, "statement {number} of the batch")?,
+            BatchPart::Row(number) => write!(f, "row {number} of execute_many")?,
+        }
+        match &self.cause {
+            BatchCause::Refused(_) => write!(f, " was refused"),
+            BatchCause::Value { parameter, .. } => {
+                write!(f, ": parameter ${parameter} could not be converted")
+            }
+            BatchCause::ParameterCount { given, wanted } => {
+                write!(f, " has {given} parameters where its SQL has {wanted}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for BatchError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match &self.cause {
+            BatchCause::Refused(e) => Some(e),
+            BatchCause::Value { cause, .. } => Some(&**cause),
+            BatchCause::ParameterCount { .. } => None,
         }
     }
 }

@@ -91,6 +91,7 @@ pub mod actix_web;
 #[cfg(feature = "axum")]
 #[cfg_attr(docsrs, doc(cfg(feature = "axum")))]
 pub mod axum;
+mod batch;
 mod config;
 mod connect;
 mod connection;
@@ -109,6 +110,7 @@ mod observe;
 mod options;
 #[cfg(feature = "problem")]
 mod problem;
+mod record;
 #[cfg(any(feature = "axum", feature = "actix-web"))]
 mod request;
 mod retry;
@@ -117,14 +119,15 @@ mod statements;
 mod status;
 mod transaction;
 
+pub use batch::Batch;
 pub use config::{Reset, SessionConfig, TargetSessionAttrs};
 pub use connection::{
-    ColumnIndex, Connection, CopiedRow, CopyIn, CopyOut, CopyProgress, CopyRow, CopyRowsIn, CopyRowsOut,
-    FieldWriter, RowStream, TableName,
+    BatchResult, ColumnIndex, Connection, CopiedRow, CopyIn, CopyOut, CopyProgress, CopyRowsIn, CopyRowsOut,
+    RowStream, TableName,
 };
 pub use error::{
-    AcquireError, AcquirePhase, CommitUnknown, ConnectError, ConnectionLost, CopyError, DriverError, Error,
-    ServerError,
+    AcquireError, AcquirePhase, BatchError, CommitUnknown, ConnectError, ConnectionLost, CopyError,
+    DriverError, Error, ServerError,
 };
 pub use executor::Executor;
 #[cfg(any(feature = "axum", feature = "actix-web"))]
@@ -135,6 +138,7 @@ pub use options::TransactionOptions;
 #[cfg(feature = "problem")]
 #[cfg_attr(docsrs, doc(cfg(feature = "problem")))]
 pub use problem::{Problem, Problems};
+pub use record::{FieldWriter, Record};
 #[cfg(any(feature = "axum", feature = "actix-web"))]
 #[cfg_attr(docsrs, doc(cfg(any(feature = "axum", feature = "actix-web"))))]
 pub use request::{RequestTransactions, Tx};

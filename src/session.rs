@@ -105,7 +105,7 @@ impl Session {
         self.run(&options, f).await
     }
 
-    async fn run<T, E, F>(&mut self, options: &TransactionOptions, f: F) -> Result<T, E>
+    pub(crate) async fn run<T, E, F>(&mut self, options: &TransactionOptions, f: F) -> Result<T, E>
     where
         F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
         E: From<Error>,

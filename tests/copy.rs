@@ -14,7 +14,7 @@ use common::{Database, polls, until_returned, within};
 use futures_util::{StreamExt, stream};
 use pg_session::tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use pg_session::{
-    Connection, CopyProgress, CopyRow, Error, FieldWriter, IsolationLevel, Session, SessionManager,
+    Connection, CopyProgress, Error, FieldWriter, IsolationLevel, Record, Session, SessionManager,
     TransactionOptions,
 };
 
@@ -155,7 +155,7 @@ struct Item {
     name: &'static str,
 }
 
-impl CopyRow for Item {
+impl Record for Item {
     fn write(&self, fields: &mut FieldWriter<'_>) {
         fields.field(&self.id);
         fields.field(&self.name);
@@ -211,7 +211,7 @@ async fn a_row_that_does_not_fit_is_named_and_nothing_is_stored() {
 /// A row whose name is no text in one place.
 struct Odd(i64, i64);
 
-impl CopyRow for Odd {
+impl Record for Odd {
     fn write(&self, fields: &mut FieldWriter<'_>) {
         fields.field(&self.0);
         if self.0 == self.1 { fields.field(&true) } else { fields.field(&"name") }
@@ -283,7 +283,7 @@ async fn an_error_of_the_stream_comes_back_and_nothing_is_stored() {
 #[tokio::test]
 async fn a_panic_in_a_row_stores_nothing_and_the_connection_is_replaced() {
     struct Bomb;
-    impl CopyRow for Bomb {
+    impl Record for Bomb {
         fn write(&self, _: &mut FieldWriter<'_>) {
             panic!("as planned")
         }

@@ -126,6 +126,77 @@ async fn a_transaction_takes_one_more_than_its_statements() {
 }
 
 #[tokio::test]
+async fn a_batch_takes_one_with_its_begin_and_commit() {
+    let (_db, proxy, sessions) = counted().await;
+    let mut session = sessions.acquire().await.unwrap();
+    warm(&mut session, &[TransactionOptions::new()]).await;
+    for statements in [1, 5] {
+        let (n, result) = flights!(proxy, async {
+            let mut batch = session.batch();
+            for id in 1..=statements {
+                batch.push(WRITE, (id,));
+            }
+            batch.push(READ, (1,)).run().await
+        });
+        result.unwrap();
+        assert_eq!(n, 1, "of its own");
+        let (n, result) = flights!(
+            proxy,
+            session.transaction(async |tx| {
+                let mut batch = tx.batch();
+                for id in 1..=statements {
+                    batch.push(WRITE, (id,));
+                }
+                batch.run().await
+            })
+        );
+        result.unwrap();
+        assert_eq!(n, 1 + 1, "in a transaction, and COMMIT");
+    }
+    drop(session);
+    let (n, result) =
+        flights!(proxy, async { sessions.batch().push(WRITE, (1,)).push(READ, (1,)).run().await });
+    result.unwrap();
+    assert_eq!(n, 1, "by the manager");
+    let options = TransactionOptions::new().deadline(std::time::Duration::from_secs(20));
+    let (n, result) = flights!(proxy, async { sessions.batch_with(options).push(WRITE, (1,)).run().await });
+    result.unwrap();
+    assert_eq!(n, 2, "with a deadline COMMIT is held back");
+    let fresh = ["SELECT 1", "SELECT 2", "SELECT 3"];
+    let (n, result) = flights!(proxy, async {
+        let mut batch = sessions.batch();
+        for sql in fresh {
+            batch.push(sql, ());
+        }
+        batch.run().await
+    });
+    result.unwrap();
+    assert_eq!(n, 2, "whatever has to be prepared is prepared together");
+}
+
+#[tokio::test]
+async fn execute_many_takes_one_for_each_window() {
+    let (db, proxy, sessions) = counted().await;
+    let mut session = sessions.acquire().await.unwrap();
+    warm(&mut session, &[TransactionOptions::new()]).await;
+    let ids = || (1..=100).map(|n| (n % 10 + 1,));
+    let (n, result) = flights!(proxy, session.execute_many(WRITE, ids()));
+    result.unwrap();
+    assert_eq!(n, 1, "with BEGIN and COMMIT");
+    let (n, result) = flights!(proxy, session.transaction(async |tx| tx.execute_many(WRITE, ids()).await));
+    result.unwrap();
+    assert_eq!(n, 1 + 1, "in a transaction, and COMMIT");
+    assert_eq!(db.number("SELECT sum(a)::int8 FROM t").await, 200 + 1);
+    let (n, result) = flights!(proxy, async {
+        let rows = (0..10_000).map(|n| (n % 10 + 1,));
+        session.transaction(async |tx| tx.execute_many(WRITE, rows.clone()).await).await
+    });
+    result.unwrap();
+    // Some 40 bytes a row, 128 KiB a window.
+    assert!((3..=6).contains(&n), "{n}");
+}
+
+#[tokio::test]
 async fn the_first_begin_of_its_kind_is_awaited_alone() {
     let (_db, proxy, sessions) = counted().await;
     let mut session = sessions.acquire().await.unwrap();

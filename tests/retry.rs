@@ -11,7 +11,7 @@ use common::proxy::{AtCommit, Proxy};
 use common::{Database, within};
 use pg_session::testing::PgServer;
 use pg_session::{Error, RetryClass, RetryPolicy, SessionConfig, SessionManager, TransactionOptions};
-use tokio::sync::Barrier;
+use tokio::sync::{Barrier, Notify};
 
 fn fast() -> RetryPolicy {
     RetryPolicy::default().base_delay(Duration::from_millis(1)).max_delay(Duration::from_millis(5))
@@ -81,20 +81,28 @@ async fn a_deadlock_is_retried_until_both_succeed() {
     let sessions = db.sessions();
     let both_locked = Arc::new(Barrier::new(2));
     let runs = Arc::new(AtomicU32::new(0));
+    let one_done = Arc::new(Notify::new());
     let update = |first: i32, second: i32| {
         let (sessions, both_locked, runs) = (sessions.clone(), Arc::clone(&both_locked), Arc::clone(&runs));
+        let one_done = Arc::clone(&one_done);
         tokio::spawn(async move {
             let options = TransactionOptions::new().retry(fast()).local_setting("deadlock_timeout", "10ms");
             sessions
                 .transaction_with(options, async |tx| {
                     runs.fetch_add(1, SeqCst);
+                    if tx.attempt() > 1 {
+                        // Else it might take its row again before the other one, set free, is awake: a new deadlock.
+                        one_done.notified().await;
+                    }
                     tx.execute("UPDATE t SET a = a + 1 WHERE id = $1", &[&first]).await?;
                     if tx.attempt() == 1 {
                         both_locked.wait().await;
                     }
                     tx.execute("UPDATE t SET a = a + 1 WHERE id = $1", &[&second]).await
                 })
-                .await
+                .await?;
+            one_done.notify_one();
+            Ok::<_, Error>(())
         })
     };
     let (a, b) = tokio::join!(update(1, 2), update(2, 1));

@@ -1,7 +1,9 @@
 //! How a connection is made, and how a running statement is cancelled over the same path.
 
+mod ahead;
 mod dial;
 mod wire;
 
+pub(crate) use ahead::Ahead;
 pub(crate) use dial::{Route, dial};
 pub(crate) use wire::{Observed, TransactionStatus, Wire};

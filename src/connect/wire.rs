@@ -3,7 +3,8 @@
 //! tokio-postgres keeps the transaction status of ReadyForQuery, the tag of CommandComplete and every error nobody
 //! waits for to itself. [`Observed`] passes bytes through untouched and reads the frames' tags and lengths on the way;
 //! only four kinds of frame are looked into. What is learnt is stored before the driver sees the bytes, so it is there
-//! when the driver's answer is. (PostgreSQL manual, chapter 54.7 "Message Formats".)
+//! when the driver's answer is. It also sends [ahead](super::ahead) what the driver cannot. (PostgreSQL manual,
+//! chapter 54.7 "Message Formats".)
 
 use std::io;
 use std::pin::{Pin, pin};
@@ -18,9 +19,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio_postgres::error::SqlState;
 
+use super::ahead::{Ahead, Answered, Exchange};
 use crate::error::ServerError;
 
-/// Where the server says the session is, as of the last ReadyForQuery.
+/// Where the server says the session is, as of the last ReadyForQuery or BEGIN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TransactionStatus {
     /// Not in a transaction block.
@@ -37,6 +39,8 @@ pub(crate) struct Wire {
     status: AtomicU8,
     begins: AtomicU32,
     commits: AtomicU32,
+    /// The last COMMIT found a transaction to commit.
+    committed_block: AtomicBool,
     discards: AtomicU32,
     written: AtomicU64,
     process_id: AtomicI32,
@@ -46,6 +50,10 @@ pub(crate) struct Wire {
     closed: AtomicBool,
     recovered: Notify,
     journal: Mutex<Journal>,
+    /// Whether something waits in `ahead`, which is looked at for every write.
+    has_ahead: AtomicBool,
+    ahead: Mutex<Option<Ahead>>,
+    answered: Mutex<Answered>,
 }
 
 /// The errors of the transaction under way, and the one that ended the connection.
@@ -59,6 +67,11 @@ struct Journal {
 
 /// Enough errors to name a cause; a transaction can fail in a loop of savepoints for as long as it likes.
 const JOURNAL_LIMIT: usize = 16;
+
+/// Nothing panics while one of these is held; a poisoned one is as good as any.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl Wire {
     pub(crate) fn status(&self) -> TransactionStatus {
@@ -77,6 +90,12 @@ impl Wire {
     /// How many COMMITs the server has confirmed *as commits*.
     pub(crate) fn commits(&self) -> u32 {
         self.commits.load(Relaxed)
+    }
+
+    /// Whether the last of them was answered inside a transaction block. Outside of one it does nothing and says the
+    /// same, with a warning.
+    pub(crate) fn committed_block(&self) -> bool {
+        self.committed_block.load(Relaxed)
     }
 
     /// How many times all prepared statements were dropped (`DISCARD ALL`, `DEALLOCATE ALL`).
@@ -120,8 +139,7 @@ impl Wire {
     }
 
     fn journal(&self) -> MutexGuard<'_, Journal> {
-        // Nothing panics while it is held; a poisoned journal is as good as any.
-        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.journal)
     }
 
     /// Starts a new transaction's record.
@@ -135,6 +153,14 @@ impl Wire {
     /// Ends the record.
     pub(crate) fn stop_recording(&self) {
         self.journal().recording = false;
+    }
+
+    /// Adds an error of ours to the record: the transaction must not be committed.
+    pub(crate) fn note(&self, error: ServerError) {
+        let mut journal = self.journal();
+        if journal.recording && journal.errors.len() < JOURNAL_LIMIT {
+            journal.errors.push(Arc::new(error));
+        }
     }
 
     /// How many errors the transaction has seen and not yet rolled back to before.
@@ -171,6 +197,25 @@ impl Wire {
         self.journal().fatal.clone()
     }
 
+    /// Sends this ahead of the driver's next request. Nothing may be under way, and that request must be made at once.
+    pub(crate) fn send_ahead(&self, ahead: Ahead) {
+        *lock(&self.answered) = Answered::default();
+        *lock(&self.ahead) = Some(ahead);
+        self.has_ahead.store(true, SeqCst);
+    }
+
+    fn take_ahead(&self) -> Option<Ahead> {
+        if !self.has_ahead.load(Relaxed) || !self.has_ahead.swap(false, SeqCst) {
+            return None;
+        }
+        lock(&self.ahead).take()
+    }
+
+    /// How far the server has come with what was sent ahead.
+    pub(crate) fn answered(&self) -> Answered {
+        *lock(&self.answered)
+    }
+
     #[inline]
     fn on_status(&self, body: &[u8]) {
         self.status.store(body.first().copied().unwrap_or(b'I'), Relaxed);
@@ -192,8 +237,15 @@ impl Wire {
             b'Z' => self.on_status(body),
             b'C' => {
                 let counter = match body.split_last().map_or(body, |(_, tag)| tag) {
-                    b"BEGIN" | b"START TRANSACTION" => &self.begins,
-                    b"COMMIT" | b"PREPARE TRANSACTION" => &self.commits,
+                    b"BEGIN" | b"START TRANSACTION" => {
+                        // COMMIT may follow before the next ReadyForQuery does.
+                        self.status.store(b'T', Relaxed);
+                        &self.begins
+                    }
+                    b"COMMIT" | b"PREPARE TRANSACTION" => {
+                        self.committed_block.store(self.status() != TransactionStatus::Idle, Relaxed);
+                        &self.commits
+                    }
                     b"DISCARD ALL" | b"DEALLOCATE ALL" => &self.discards,
                     _ => return,
                 };
@@ -327,17 +379,90 @@ fn body_length(&[_, a, b, c, d]: &[u8; 5]) -> usize {
     u32::from_be_bytes([a, b, c, d]).saturating_sub(4) as usize
 }
 
-/// A stream that tells a [`Wire`] what passes.
+/// A stream that tells a [`Wire`] what passes, and sends ahead what is given to it.
 #[derive(Debug)]
 pub(crate) struct Observed<S> {
     stream: S,
     frames: Frames,
     wire: Arc<Wire>,
+    /// The driver's last write was taken in part, so its next bytes may begin in the middle of a message.
+    partial: bool,
+    exchange: Option<Box<(Exchange, Box<[u8]>)>>,
 }
 
 impl<S> Observed<S> {
     pub(crate) fn new(stream: S, wire: Arc<Wire>) -> Self {
-        Self { stream, frames: Frames::default(), wire }
+        Self { stream, frames: Frames::default(), wire, partial: false, exchange: None }
+    }
+
+    fn begin_exchange(&mut self, ahead: Ahead) -> io::Result<()> {
+        if self.partial {
+            // Only what nobody waits for (closing a statement) can be under way, and that much a socket always takes.
+            return Err(io::Error::other("a message was interrupted"));
+        }
+        let frames = &self.frames;
+        let (exchange, _) = &mut **self.exchange.get_or_insert_with(|| {
+            Box::new((Exchange::begin(frames.header, frames.filled, frames.left), Exchange::buffer()))
+        });
+        exchange.send(ahead)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> Observed<S> {
+    /// Writes what goes ahead.
+    fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Some(ahead) = self.wire.take_ahead() {
+            self.begin_exchange(ahead)?;
+        }
+        if let Some(exchange) = &mut self.exchange {
+            let (exchange, _) = &mut **exchange;
+            while !exchange.unsent().is_empty() {
+                let written = ready!(Pin::new(&mut self.stream).poll_write(cx, exchange.unsent()))?;
+                if written == 0 {
+                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+                }
+                exchange.sent(written);
+                self.wire.written.fetch_add(written as u64, Relaxed);
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> Observed<S> {
+    /// Reads while some of the answers are not the driver's. Pending or filled, or it is the end.
+    fn poll_exchange(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        while let Some(exchange) = &mut self.exchange {
+            let (exchange, buffer) = &mut **exchange;
+            let ready = exchange.ready();
+            if !ready.is_empty() {
+                let take = ready.len().min(buf.remaining());
+                buf.put_slice(&ready.split_to(take));
+                return Poll::Ready(Ok(()));
+            }
+            if exchange.is_over() {
+                self.exchange = None;
+                break;
+            }
+            let mut raw = ReadBuf::new(buffer);
+            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut raw))?;
+            if raw.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            // In this order: whoever waits for an answer of the driver's sees all that came before.
+            exchange.read(raw.filled());
+            *lock(&self.wire.answered) = exchange.answered;
+            self.frames.feed(raw.filled(), &self.wire);
+        }
+        self.poll_direct(cx, buf)
+    }
+
+    #[inline]
+    fn poll_direct(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        self.frames.feed(&buf.filled()[before..], &self.wire);
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -350,17 +475,16 @@ impl<S> Drop for Observed<S> {
 impl<S: AsyncRead + Unpin> AsyncRead for Observed<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
-        this.frames.feed(&buf.filled()[before..], &this.wire);
-        Poll::Ready(Ok(()))
+        if this.exchange.is_some() { this.poll_exchange(cx, buf) } else { this.poll_direct(cx, buf) }
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Observed<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        ready!(this.poll_ahead(cx))?;
         let written = ready!(Pin::new(&mut this.stream).poll_write(cx, buf))?;
+        this.partial = written < buf.len();
         this.wire.written.fetch_add(written as u64, Relaxed);
         Poll::Ready(Ok(written))
     }

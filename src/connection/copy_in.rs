@@ -7,11 +7,12 @@ use std::task::{Context, Poll};
 
 use bytes::{BufMut, BytesMut};
 use futures_core::Stream;
-use postgres_types::{BorrowToSql, IsNull, ToSql};
+use postgres_types::Type;
 use tokio_postgres::{Column, Statement};
 
 use super::Connection;
 use crate::error::{CopyCause, Error};
+use crate::record::{self, Misfit, Record};
 
 /// Manual, COPY, "Binary Format": the signature, no flags, no header extension.
 const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
@@ -77,125 +78,6 @@ pub(super) fn list<S: AsRef<str>>(columns: &[S]) -> String {
     columns.iter().map(|name| quoted(name.as_ref())).collect::<Vec<_>>().join(", ")
 }
 
-/// A row that COPY can store: tuples of up to sixteen values; arrays, slices and `Vec`s of values of one type or of
-/// `&(dyn ToSql + Sync)` or `Box<dyn ToSql + Sync>`; references to them; and your own types.
-///
-/// ```
-/// use pg_session::{CopyRow, FieldWriter};
-///
-/// struct Item {
-///     name: String,
-///     price_cents: i64,
-/// }
-///
-/// impl CopyRow for Item {
-///     fn write(&self, fields: &mut FieldWriter<'_>) {
-///         fields.field(&self.name);
-///         fields.field(&self.price_cents);
-///     }
-/// }
-/// ```
-pub trait CopyRow {
-    /// Writes the fields, in the order of the columns.
-    fn write(&self, fields: &mut FieldWriter<'_>);
-}
-
-impl<R: CopyRow + ?Sized> CopyRow for &R {
-    fn write(&self, fields: &mut FieldWriter<'_>) {
-        (**self).write(fields);
-    }
-}
-
-impl<T: BorrowToSql> CopyRow for [T] {
-    fn write(&self, fields: &mut FieldWriter<'_>) {
-        for value in self {
-            fields.field(value.borrow_to_sql());
-        }
-    }
-}
-
-impl<T: BorrowToSql, const N: usize> CopyRow for [T; N] {
-    fn write(&self, fields: &mut FieldWriter<'_>) {
-        self.as_slice().write(fields);
-    }
-}
-
-impl<T: BorrowToSql> CopyRow for Vec<T> {
-    fn write(&self, fields: &mut FieldWriter<'_>) {
-        self.as_slice().write(fields);
-    }
-}
-
-macro_rules! tuples {
-    () => {};
-    ($first:ident $($rest:ident)*) => {
-        impl<$first: ToSql, $($rest: ToSql),*> CopyRow for ($first, $($rest,)*) {
-            fn write(&self, fields: &mut FieldWriter<'_>) {
-                #[allow(non_snake_case, reason = "a value is called as its type is")]
-                let ($first, $($rest,)*) = self;
-                fields.field($first);
-                $(fields.field($rest);)*
-            }
-        }
-        tuples!($($rest)*);
-    };
-}
-tuples!(A B C D E F G H I J K L M N O P);
-
-/// Takes the fields of one row. See [`CopyRow`].
-#[derive(Debug)]
-pub struct FieldWriter<'a> {
-    columns: &'a [Column],
-    out: &'a mut BytesMut,
-    written: usize,
-    failed: Option<CopyCause>,
-}
-
-impl<'a> FieldWriter<'a> {
-    /// The next field. What is wrong with it is told by the COPY as a whole.
-    pub fn field(&mut self, value: &dyn ToSql) {
-        if self.failed.is_some() {
-            return;
-        }
-        if let Some(column) = self.columns.get(self.written) {
-            if let Err(cause) = self.encode(value, column) {
-                self.failed = Some(CopyCause::Value(cause));
-                return;
-            }
-        }
-        self.written += 1;
-    }
-
-    fn encode(&mut self, value: &dyn ToSql, column: &Column) -> Result<(), Cause> {
-        let start = self.out.len();
-        self.out.put_i32(-1); // NULL, unless a length takes its place
-        if let IsNull::No = value.to_sql_checked(column.type_(), self.out)? {
-            let length = i32::try_from(self.out.len() - start - 4)?;
-            self.out[start..start + 4].copy_from_slice(&length.to_be_bytes());
-        }
-        Ok(())
-    }
-
-    /// Writes a row; fails with the column and the cause.
-    fn row<R: CopyRow>(
-        columns: &'a [Column],
-        out: &'a mut BytesMut,
-        row: &R,
-    ) -> Result<(), (Option<&'a Column>, CopyCause)> {
-        // A table has 1600 columns at most, so the number fits.
-        out.put_i16(columns.len() as i16);
-        let mut fields = Self { columns, out, written: 0, failed: None };
-        row.write(&mut fields);
-        match fields.failed {
-            Some(cause) => Err((columns.get(fields.written), cause)),
-            None if fields.written == columns.len() => Ok(()),
-            None => Err((None, CopyCause::FieldCount { fields: fields.written, columns: columns.len() })),
-        }
-    }
-}
-
-type Cause = Box<dyn std::error::Error + Sync + Send>;
-
 /// How far a COPY into the server has come. See [`CopyRowsIn::progress`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -240,7 +122,7 @@ impl<'a> CopyRowsIn<'a> {
     /// # Cancel safety
     ///
     /// Dropped, nothing is stored, unless the last row had been sent: then all are or none. See [`Connection`].
-    pub async fn send<R: CopyRow>(self, rows: impl IntoIterator<Item = R>) -> Result<u64, Error> {
+    pub async fn send<R: Record>(self, rows: impl IntoIterator<Item = R>) -> Result<u64, Error> {
         self.run(Iter(rows.into_iter())).await
     }
 
@@ -253,7 +135,7 @@ impl<'a> CopyRowsIn<'a> {
     /// # Cancel safety
     ///
     /// As [`send`](Self::send).
-    pub async fn send_stream<R: CopyRow>(self, rows: impl Stream<Item = R>) -> Result<u64, Error> {
+    pub async fn send_stream<R: Record>(self, rows: impl Stream<Item = R>) -> Result<u64, Error> {
         self.run(Sure(pin!(rows))).await
     }
 
@@ -269,7 +151,7 @@ impl<'a> CopyRowsIn<'a> {
     /// As [`send`](Self::send).
     pub async fn try_send_stream<R, E>(self, rows: impl Stream<Item = Result<R, E>>) -> Result<u64, E>
     where
-        R: CopyRow,
+        R: Record,
         E: From<Error>,
     {
         self.run(rows).await
@@ -277,7 +159,7 @@ impl<'a> CopyRowsIn<'a> {
 
     async fn run<R, E>(mut self, rows: impl Stream<Item = Result<R, E>>) -> Result<u64, E>
     where
-        R: CopyRow,
+        R: Record,
         E: From<Error>,
     {
         let connection = self.connection;
@@ -287,6 +169,7 @@ impl<'a> CopyRowsIn<'a> {
         let list = list(&self.columns);
         let described = connection.describe(&format!("SELECT {list} FROM {}", self.table)).await?;
         let columns = described.columns();
+        let types: Vec<Type> = columns.iter().map(|column| column.type_().clone()).collect();
         // A table without columns has rows all the same, and an empty list is no SQL.
         let list = if columns.is_empty() { list } else { format!(" ({list})") };
         let mut copy =
@@ -300,9 +183,8 @@ impl<'a> CopyRowsIn<'a> {
         while let Some(row) = poll_fn(|cx| rows.as_mut().poll_next(cx)).await {
             sent.rows += 1;
             // An error in here drops the COPY, which fails it on the server.
-            FieldWriter::row(columns, &mut chunk, &row?).map_err(|(column, cause)| {
-                Error::copy(sent.rows, column.map(|column| column.name().into()), cause)
-            })?;
+            record::encode(&types, &mut chunk, &row?)
+                .map_err(|misfit| misplaced(sent.rows, columns, misfit))?;
             if chunk.len() >= CHUNK {
                 sent.bytes += chunk.len() as u64;
                 let full = std::mem::replace(&mut chunk, BytesMut::with_capacity(CHUNK + SLACK));
@@ -343,6 +225,19 @@ impl<'a> CopyRowsIn<'a> {
         let column = self.columns.iter().find(named).map(String::as_str);
         let column = column.or(error.0.as_db_error().and_then(|e| e.column())).map(Into::into);
         Error::copy(row, column, CopyCause::Server(error))
+    }
+}
+
+/// What is wrong with a row before it is sent.
+fn misplaced(row: u64, columns: &[Column], misfit: Misfit) -> Error {
+    match misfit {
+        Misfit::Value(field, cause) => {
+            let column = columns.get(field).map(|column| column.name().into());
+            Error::copy(row, column, CopyCause::Value(cause))
+        }
+        Misfit::Count(fields) => {
+            Error::copy(row, None, CopyCause::FieldCount { fields, columns: columns.len() })
+        }
     }
 }
 

@@ -2,7 +2,9 @@
 
 mod copy_in;
 mod copy_out;
+mod flight;
 mod link;
+mod many;
 mod pooled;
 mod reset;
 mod stream;
@@ -20,9 +22,11 @@ use tokio::runtime::Handle;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Row, Statement};
 
-pub use copy_in::{CopyProgress, CopyRow, CopyRowsIn, FieldWriter, TableName};
+pub use copy_in::{CopyProgress, CopyRowsIn, TableName};
 pub use copy_out::{ColumnIndex, CopiedRow, CopyRowsOut};
+pub use flight::BatchResult;
 pub(crate) use link::Link;
+pub(crate) use many::Many;
 pub(crate) use pooled::{ConnectionManager, Counted, Registration, watch};
 pub use stream::{CopyIn, CopyOut, RowStream};
 pub(crate) use turn::{Turn, Verdict};
@@ -162,11 +166,16 @@ impl Connection {
         turn.set_preparing(true);
         let statement = self.client.prepare(text).await?;
         turn.set_preparing(false);
+        Ok(self.keep(text, statement))
+    }
+
+    /// Puts a statement into the cache.
+    fn keep(&self, text: &str, statement: Statement) -> Statement {
         let cached = self.statements().insert(text, statement);
         if cached.leaves_state {
             self.mark_dirty();
         }
-        Ok(cached.statement)
+        cached.statement
     }
 
     /// Whether a statement failed because it was prepared before the schema changed or the cache was emptied behind

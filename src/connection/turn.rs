@@ -146,6 +146,52 @@ impl Connection {
         Ok(Some(self.new_turn()))
     }
 
+    /// Takes a turn for requests of our own making: nobody else has one, or gets one before its end, and nothing that
+    /// was sent before is still unanswered. Also returns what is pending, which those requests must begin with.
+    pub(super) async fn turn_alone(&self) -> Result<(Turn<'_>, String), Error> {
+        loop {
+            let known = {
+                let mut flow = self.link.flow();
+                if let Some(reason) = flow.broken {
+                    drop(flow);
+                    return Err(self.link.lost(reason));
+                }
+                // What is under way may send more, as when it was preparing; and it may not be polled for a while.
+                if flow.streaming || flow.live > 0 {
+                    return Err(Error::StreamOpen);
+                }
+                if flow.lent {
+                    break;
+                }
+                let known = flow.begin.is_none_or(|kind| flow.confirmed & kind.bit() != 0);
+                if flow.is_open() && flow.refused.is_none() && known {
+                    flow.begun |= flow.begin.take().is_some();
+                    flow.live += 1;
+                    let pending = std::mem::take(&mut flow.pending);
+                    drop(flow);
+                    let mut turn = self.new_turn();
+                    turn.set_streaming();
+                    return Ok((turn, pending));
+                }
+                known && flow.refused.is_none()
+            };
+            if known {
+                self.link.until(Flow::is_open).await;
+            } else {
+                // Has the BEGIN confirmed, or says why not.
+                self.turn().await?.finish();
+            }
+        }
+        // Whatever the raw client was used for is over, once this is answered.
+        let mut turn = self.turn().await?;
+        turn.set_streaming();
+        if let Err(reason) = link::fence(&self.client).await {
+            self.link.poison(reason);
+            return Err(self.link.lost(reason));
+        }
+        Ok((turn, String::new()))
+    }
+
     /// After a COPY that failed: makes sure that the driver still knows which answer is whose, or ends the connection.
     pub(super) async fn check_step(&self) {
         if let Err(reason) = link::fence(&self.client).await {

@@ -54,6 +54,8 @@ pub struct Transaction<'a> {
     hooks: Mutex<Vec<Hook>>,
     role: Role,
     attempt: u32,
+    /// The outcome of a COMMIT that went out together with statements, until it is asked for.
+    concluded: Mutex<Option<Result<(), Error>>>,
     done: bool,
 }
 
@@ -89,7 +91,14 @@ impl<'a> Transaction<'a> {
         options.validate()?;
         let role = Role::outermost(&connection);
         connection.begin_with(options.kind(), &options.begin_sql(), false)?;
-        Ok(Self { connection, hooks: Mutex::default(), role, attempt: 1, done: false })
+        Ok(Self {
+            connection,
+            hooks: Mutex::default(),
+            role,
+            attempt: 1,
+            concluded: Mutex::default(),
+            done: false,
+        })
     }
 
     /// Begins again after a failed attempt; the ROLLBACK of the old one rides along.
@@ -102,6 +111,10 @@ impl<'a> Transaction<'a> {
 
     fn hooks(&self) -> MutexGuard<'_, Vec<Hook>> {
         self.hooks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn concluded(&self) -> MutexGuard<'_, Option<Result<(), Error>>> {
+        self.concluded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Which run of the closure this is; the first is 1.
@@ -183,6 +196,7 @@ impl<'a> Transaction<'a> {
             hooks: Mutex::default(),
             role: Role::Savepoint { depth, mark },
             attempt: self.attempt,
+            concluded: Mutex::default(),
             done: false,
         };
         let result = f(&mut inner).await;

@@ -104,8 +104,9 @@ impl<'o> Run<'o> {
                     Err(_) => return Step::Done(Err(self.too_late().into())),
                 },
             };
-            let failed = match result {
-                Ok(value) => match tx.commit_now().await {
+            let failed = match (tx.refused(), result) {
+                (Some(e), _) => Failed { class: class_of_error(&e, &tx), own: Some(e), users: None },
+                (None, Ok(value)) => match tx.commit_now().await {
                     Ok(()) => {
                         observe::transaction_ended(&self.span, self.attempts, Outcome::Committed);
                         if let Some(hooks) = tx.take_hooks() {
@@ -115,7 +116,7 @@ impl<'o> Run<'o> {
                     }
                     Err(e) => Failed { class: class_of_error(&e, &tx), own: Some(e), users: None },
                 },
-                Err(users) => {
+                (None, Err(users)) => {
                     let (class, own) = why(&tx).await;
                     Failed { class, own, users: Some(users) }
                 }
@@ -220,6 +221,8 @@ fn class_of_error(error: &Error, tx: &Transaction<'_>) -> Option<RetryClass> {
     match error {
         Error::Aborted(first) => class_of(first),
         Error::Database(_) | Error::Copy(_) => error.code().and_then(|code| RetryClass::of(code.code())),
+        // A COMMIT that went out with it was answered with ROLLBACK.
+        Error::Batch(_) => tx.connection.wire().first_error(0).and_then(|first| class_of(&first)),
         // Lost before COMMIT was sent.
         Error::ConnectionLost(_) => match tx.connection.wire().first_error(0) {
             Some(first) => class_of(&first),

@@ -110,6 +110,7 @@ async fn serve(mut client: TcpStream, port: u16, shared: Arc<Shared>) {
         let mut answers = Frames::default();
         let mut swallow = false;
         let mut cut_after = false;
+        let mut swallowed = false;
         loop {
             tokio::select! {
                 n = client.read(&mut from_client) => {
@@ -137,10 +138,20 @@ async fn serve(mut client: TcpStream, port: u16, shared: Arc<Shared>) {
                 }
                 n = server.read(&mut from_server) => {
                     let Ok(n @ 1..) = n else { return };
-                    let bytes = &from_server[..n];
-                    answers.feed(bytes, |tag, _| open -= i64::from(tag == b'Z'));
-                    if cut_after { return }
-                    if !swallow && client.write_all(bytes).await.is_err() { return }
+                    let mut bytes = Vec::with_capacity(n);
+                    // From the answer to COMMIT on, nothing is passed.
+                    let mut committed = false;
+                    answers.feed(&from_server[..n], |tag, body| {
+                        open -= i64::from(tag == b'Z');
+                        committed |= (cut_after || swallow) && tag == b'C' && body == b"COMMIT\0";
+                        if !committed && !swallowed {
+                            bytes.push(tag);
+                            bytes.extend((body.len() as u32 + 4).to_be_bytes());
+                            bytes.extend(body);
+                        }
+                    });
+                    if client.write_all(&bytes).await.is_err() || committed && cut_after { return }
+                    swallowed |= committed;
                 }
             }
         }

@@ -1,0 +1,213 @@
+//! Several statements in one flight: all sent before the first is answered.
+
+use std::fmt;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::task::Poll;
+
+use bytes::{Buf, BytesMut};
+use futures_core::Stream;
+use postgres_types::{IsNull, ToSql, Type, to_sql_checked};
+use tokio_postgres::{Row, Statement};
+
+use super::{Connection, Turn};
+use crate::error::{BatchCause, BatchPart, Error};
+use crate::record::{self, Misfit, Record};
+use crate::statements::is_copy;
+
+/// What one statement of a [`Batch`](crate::Batch) did.
+#[derive(Debug)]
+pub struct BatchResult {
+    rows: Vec<Row>,
+    affected: u64,
+}
+
+impl BatchResult {
+    /// The rows it returned.
+    #[must_use]
+    pub fn rows(&self) -> &[Row] {
+        &self.rows
+    }
+
+    /// The same, to keep.
+    #[must_use]
+    pub fn into_rows(self) -> Vec<Row> {
+        self.rows
+    }
+
+    /// How many rows it touched, or returned if it is a query.
+    #[must_use]
+    pub fn rows_affected(&self) -> u64 {
+        self.affected
+    }
+}
+
+/// A statement with its parameters, as they go over the wire.
+pub(crate) struct Request {
+    statement: Statement,
+    parameters: BytesMut,
+}
+
+impl Request {
+    pub(super) fn new(statement: Statement, parameters: BytesMut) -> Self {
+        Self { statement, parameters }
+    }
+}
+
+/// A parameter that is encoded already.
+struct Encoded<'a>(Option<&'a [u8]>);
+
+impl fmt::Debug for Encoded<'_> {
+    /// Not its value: the driver writes parameters to the log.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Encoded")
+    }
+}
+
+impl ToSql for Encoded<'_> {
+    fn to_sql(
+        &self,
+        _: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        let Some(bytes) = self.0 else { return Ok(IsNull::Yes) };
+        out.extend_from_slice(bytes);
+        Ok(IsNull::No)
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    to_sql_checked!();
+}
+
+/// Takes apart what [`record::encode`] has put together.
+fn fields(mut record: &[u8]) -> Vec<Encoded<'_>> {
+    let count = record.get_u16();
+    let field = |_| {
+        let length = usize::try_from(record.get_i32()).ok()?;
+        let (field, rest) = record.split_at(length);
+        record = rest;
+        Some(field)
+    };
+    (0..count).map(field).map(Encoded).collect()
+}
+
+/// Polls each once, in order, so that the driver sends them in one piece; then waits for all of them.
+async fn together<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
+    let mut waiting: Vec<_> = futures.map(|future| (Box::pin(future), None)).collect();
+    poll_fn(|cx| {
+        for (future, output) in &mut waiting {
+            if let Poll::Ready(early) = future.as_mut().poll(cx) {
+                *output = Some(early);
+            }
+        }
+        Poll::Ready(())
+    })
+    .await;
+    let mut outputs = Vec::with_capacity(waiting.len());
+    for (future, output) in waiting {
+        outputs.push(match output {
+            Some(early) => early,
+            None => future.await,
+        });
+    }
+    outputs
+}
+
+impl Connection {
+    /// Prepares what is not at hand, all of it in one flight, and encodes the parameters.
+    pub(crate) async fn requests<'s>(
+        &self,
+        statements: impl Iterator<Item = (&'s str, &'s (dyn Record + Send + Sync))> + Clone,
+    ) -> Result<Vec<Request>, Error> {
+        let mut prepared = Vec::with_capacity(statements.size_hint().0);
+        let mut missing: Vec<(usize, &str)> = Vec::new();
+        for (index, (sql, _)) in statements.clone().enumerate() {
+            if is_copy(sql) {
+                return Err(Error::config("a batch cannot run COPY: see copy_rows_in and copy_rows_out"));
+            }
+            let statement = self.at_hand(sql);
+            if statement.is_none() && missing.iter().all(|(_, text)| *text != sql) {
+                missing.push((index, sql));
+            }
+            prepared.push(statement);
+        }
+        if !missing.is_empty() {
+            self.prepare_all(&missing).await?;
+        }
+        let mut requests = Vec::with_capacity(prepared.len());
+        for (index, ((sql, record), statement)) in statements.zip(prepared).enumerate() {
+            let statement = match statement.or_else(|| self.at_hand(sql)) {
+                Some(statement) => statement,
+                // The cache is smaller than the batch.
+                None => self.prepare(sql).await.map_err(|e| e.in_batch(BatchPart::statement(index)))?,
+            };
+            let mut parameters = BytesMut::new();
+            record::encode(statement.params(), &mut parameters, record)
+                .map_err(|misfit| misplaced(BatchPart::statement(index), statement.params(), misfit))?;
+            requests.push(Request::new(statement, parameters));
+        }
+        Ok(requests)
+    }
+
+    async fn prepare_all(&self, texts: &[(usize, &str)]) -> Result<(), Error> {
+        let mut turn = self.turn().await?;
+        turn.set_preparing(true);
+        let prepared = together(texts.iter().map(|(_, sql)| self.client.prepare(sql))).await;
+        turn.set_preparing(false);
+        let mut failed = None;
+        for (&(index, sql), result) in texts.iter().zip(prepared) {
+            match result {
+                Ok(statement) => _ = self.keep(sql, statement),
+                Err(e) => failed = failed.or(Some((index, e))),
+            }
+        }
+        if failed.is_some() {
+            self.wire().recovered().await;
+        }
+        turn.finish();
+        match failed {
+            Some((index, e)) => Err(self.explain(e).in_batch(BatchPart::statement(index))),
+            None => Ok(()),
+        }
+    }
+
+    /// Sends all of them at its first poll. Inside a transaction only, which the first that fails aborts.
+    pub(crate) async fn fly(&self, turn: Turn<'_>, requests: &[Request]) -> Result<Vec<BatchResult>, Error> {
+        let answers = together(requests.iter().map(|request| self.answer(request))).await;
+        let mut results = Vec::with_capacity(answers.len());
+        for (index, answer) in answers.into_iter().enumerate() {
+            match answer {
+                Ok(result) => results.push(result),
+                Err(e) => {
+                    self.wire().recovered().await;
+                    turn.finish();
+                    return Err(self.explain(e).in_batch(BatchPart::statement(index)));
+                }
+            }
+        }
+        turn.finish();
+        Ok(results)
+    }
+
+    pub(super) async fn answer(&self, request: &Request) -> Result<BatchResult, tokio_postgres::Error> {
+        let parameters = fields(&request.parameters);
+        let mut stream = pin!(self.client.query_raw(&request.statement, parameters).await?);
+        let mut rows = Vec::new();
+        while let Some(row) = poll_fn(|cx| stream.as_mut().poll_next(cx)).await {
+            rows.push(row?);
+        }
+        Ok(BatchResult { rows, affected: stream.rows_affected().unwrap_or(0) })
+    }
+}
+
+/// What is wrong with parameters before they are sent.
+pub(super) fn misplaced(part: BatchPart, types: &[Type], misfit: Misfit) -> Error {
+    let cause = match misfit {
+        Misfit::Value(field, cause) => BatchCause::Value { parameter: field + 1, cause },
+        Misfit::Count(given) => BatchCause::ParameterCount { given, wanted: types.len() },
+    };
+    Error::batch(part, cause)
+}
