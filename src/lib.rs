@@ -32,6 +32,8 @@
 //! | a session for a while | [`SessionManager::acquire`] |
 //! | rows, one row, perhaps a row, a count | [`query`](Connection::query), [`query_one`](Connection::query_one), [`query_opt`](Connection::query_opt), [`execute`](Connection::execute) |
 //! | rows as they come | [`query_stream`](Connection::query_stream) |
+//! | several statements in one round trip; a transaction in one round trip | [`Session::batch`], [`Transaction::batch`], [`SessionManager::batch`] |
+//! | one statement for many rows | [`Session::execute_many`], [`Transaction::execute_many`] |
 //! | many rows stored, or read, with COPY | [`copy_rows_in`](Connection::copy_rows_in), [`copy_rows_out`](Connection::copy_rows_out), [`copy_query_out`](Connection::copy_query_out) |
 //! | COPY of text, CSV or a file | [`copy_in`](Connection::copy_in), [`copy_out`](Connection::copy_out) |
 //! | a unit of work | [`Session::transaction`], [`SessionManager::transaction`] |

@@ -3,8 +3,8 @@
 use std::mem::size_of;
 
 use pg_session::{
-    Connection, CopyIn, CopyOut, Error, RetryPolicy, RowStream, Session, SessionConfig, SessionManager,
-    Status, Transaction, TransactionOptions,
+    Batch, BatchResult, Connection, CopyIn, CopyOut, Error, RetryPolicy, RowStream, Session, SessionConfig,
+    SessionManager, Status, Transaction, TransactionOptions,
 };
 
 fn send_and_sync<T: Send + Sync>() {}
@@ -17,6 +17,8 @@ fn public_types_go_between_threads() {
     send_and_sync::<Error>();
     send_and_sync::<RetryPolicy>();
     send_and_sync::<Session>();
+    send_and_sync::<Batch<'static>>();
+    send_and_sync::<BatchResult>();
     send_and_sync::<SessionConfig>();
     send_and_sync::<SessionManager>();
     send_and_sync::<Status>();
@@ -38,7 +40,13 @@ fn futures_go_between_threads() {
         let mut rows = session.query_stream("SELECT 1", &[]).await?;
         rows.next().await;
         drop(rows);
+        session.execute_many("SELECT $1::int", (0..3).map(|n| (n,))).await?;
+        session.batch().push("SELECT 1", ()).run().await?;
+        sessions.batch().push("SELECT $1", (String::new(),)).run().await?;
+        session.copy_rows_in("t", &[]).send([(1, 2)]).await?;
         let tx = session.begin().await?;
+        tx.execute_many("SELECT $1::int", vec![(1,)]).await?;
+        tx.batch().push("SELECT 1", ()).run().await?;
         tx.commit().await?;
         session.client().await?;
         sessions.ping().await?;
