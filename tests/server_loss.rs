@@ -154,3 +154,35 @@ async fn a_restarted_server_loses_and_doubles_nothing() {
     assert!(told.values().filter(|t| **t == Told::Committed).count() > 50);
     drop(client);
 }
+
+#[tokio::test]
+async fn a_stream_cut_in_the_middle_ends_with_one_error() {
+    let db = Database::new().await;
+    for copy in [false, true] {
+        let sessions = db.single();
+        let session = sessions.acquire().await.unwrap();
+        let cut = format!("SELECT pg_terminate_backend({})", session.process_id());
+        // More than sockets hold, so the server is still at it.
+        let many = "SELECT repeat('x', 1000) FROM generate_series(1, 100000)";
+        let mut errors = 0;
+        within(async {
+            if copy {
+                let mut data = session.copy_out(&format!("COPY ({many}) TO STDOUT")).await.unwrap();
+                data.next().await.unwrap().unwrap();
+                db.run(&cut).await;
+                while let (0..=1, Some(data)) = (errors, data.next().await) {
+                    errors += u32::from(data.is_err());
+                }
+            } else {
+                let mut rows = session.query_stream(many, &[]).await.unwrap();
+                rows.next().await.unwrap().unwrap();
+                db.run(&cut).await;
+                while let (0..=1, Some(row)) = (errors, rows.next().await) {
+                    errors += u32::from(row.is_err());
+                }
+            }
+        })
+        .await;
+        assert_eq!(errors, 1);
+    }
+}

@@ -46,6 +46,9 @@ impl Stream for RowStream<'_> {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
+        if this.turn.is_over() {
+            return Poll::Ready(None); // the driver goes on to say that its connection is closed
+        }
         let item = ready!(this.rows.as_mut().poll_next(cx));
         if !matches!(item, Some(Ok(_))) {
             this.turn.conclude();
@@ -85,6 +88,9 @@ impl Stream for CopyOut<'_> {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
+        if this.turn.is_over() {
+            return Poll::Ready(None); // the driver goes on to say that its connection is closed
+        }
         let item = ready!(this.data.as_mut().poll_next(cx));
         if !matches!(item, Some(Ok(_))) {
             this.turn.conclude();

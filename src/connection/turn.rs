@@ -50,6 +50,10 @@ impl Turn<'_> {
         }
     }
 
+    pub(super) fn is_over(&self) -> bool {
+        self.done
+    }
+
     pub(crate) fn set_preparing(&mut self, preparing: bool) {
         self.preparing = preparing;
     }
