@@ -229,7 +229,7 @@ impl Manager for ConnectionManager {
 
 impl Connection {
     fn is_usable(&self) -> bool {
-        self.link.flow().broken.is_none() && !self.client.is_closed() && self.wire().fatal().is_none()
+        self.link.flow().broken.is_none() && !self.client.is_closed() && !self.wire().is_ended()
     }
 
     pub(crate) fn is_expired(&self, now: Instant) -> bool {

@@ -62,10 +62,17 @@ impl Turn<'_> {
 }
 
 impl Drop for Turn<'_> {
+    #[inline]
     fn drop(&mut self) {
-        if self.done {
-            return;
+        if !self.done {
+            self.abandon();
         }
+    }
+}
+
+impl Turn<'_> {
+    #[cold]
+    fn abandon(&mut self) {
         let link = &self.connection.link;
         let mut flow = link.flow();
         flow.live -= 1;
@@ -241,7 +248,7 @@ impl Connection {
     /// Sends what is pending and `sql` as one message, and waits for the answer. `commit` protects it from being
     /// cancelled. Nothing else may be under way.
     pub(crate) async fn control(&self, sql: &str, commit: bool) -> Result<(), tokio_postgres::Error> {
-        let message = {
+        let mut message = {
             let mut flow = self.link.flow();
             flow.live += 1;
             flow.committing = commit;
@@ -255,7 +262,11 @@ impl Connection {
         if result.is_err() {
             self.wire().recovered().await;
         }
-        self.link.flow().committing = false;
+        message.clear();
+        let mut flow = self.link.flow();
+        flow.committing = false;
+        flow.pending = message; // empty, but room for the next transaction's
+        drop(flow);
         turn.finish();
         result
     }
