@@ -302,15 +302,16 @@ impl Frames {
     /// The common case: reads the frames that are here as a whole, and returns what is left.
     #[inline]
     fn whole<'b>(mut bytes: &'b [u8], wire: &Wire) -> &'b [u8] {
-        while let Some((header, rest)) = bytes.split_first_chunk::<5>() {
-            let Some((body, rest)) = rest.split_at_checked(body_length(header)) else { break };
-            match header[0] {
+        while let Some(&[tag, a, b, c, d]) = bytes.first_chunk() {
+            let end = (u32::from_be_bytes([a, b, c, d]) as usize).saturating_add(1);
+            let Some(body) = bytes.get(5..end) else { break };
+            match tag {
                 b'Z' => wire.on_status(body),
                 b'C' if !Wire::counts(body) => {}
-                tag if Self::kept(tag) => wire.on_frame(tag, body),
+                _ if Self::kept(tag) => wire.on_frame(tag, body),
                 _ => {}
             }
-            bytes = rest;
+            bytes = &bytes[end..];
         }
         bytes
     }

@@ -200,7 +200,7 @@ macro_rules! with_statement {
             None => Box::pin($self.turn()).await?,
         };
         let mut healed = false;
-        Ok::<_, Error>(loop {
+        loop {
             let prepared = match $self.at_hand($sql) {
                 Some(statement) => Ok(statement),
                 None => Box::pin($self.prepare_now(&mut $turn, $sql)).await,
@@ -210,7 +210,7 @@ macro_rules! with_statement {
                 Err(e) => Err(e),
             };
             match result {
-                Ok(value) => break (value, $turn),
+                Ok(value) => break Ok((value, $turn)),
                 Err(e) => {
                     $self.wire().recovered().await;
                     if $self.is_stale(&e, $sql) && !healed && $self.is_outside() {
@@ -218,10 +218,10 @@ macro_rules! with_statement {
                         continue;
                     }
                     $turn.finish();
-                    return Err($self.explain(e));
+                    break Err($self.explain(e));
                 }
             }
-        })
+        }
     }};
 }
 
