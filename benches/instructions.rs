@@ -1,8 +1,6 @@
 //! What `scripts/instructions` runs under valgrind: N times one operation by the bare driver, by this crate or by
 //! deadpool-postgres. The server is another process, named by `DATABASE_URL`; with `serve` this program is that process.
 
-#![allow(clippy::expect_used, reason = "a benchmark that fails has nothing to report")]
-
 mod contenders;
 
 use std::hint::black_box;

@@ -5,8 +5,6 @@
 //! `taskset` (Linux) the system moves client and server between processors, and waking one that sleeps takes longer than
 //! the query: the same operation takes 25 µs in one round and 100 µs in the next.
 
-#![allow(clippy::expect_used, reason = "a benchmark that fails has nothing to report")]
-
 mod contenders;
 
 use std::hint::black_box;
