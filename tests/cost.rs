@@ -1,4 +1,5 @@
 //! What the crate adds to the driver's own allocations. Instructions are counted by `scripts/instructions --check`.
+#![cfg(feature = "testing")]
 
 mod common;
 
