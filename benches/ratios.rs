@@ -32,34 +32,39 @@ fn main() {
         let mut pooled = Deadpool::new(&deadpool).await;
 
         println!("{} rounds of {} operations each", plan.rounds, plan.operations);
+        let acquire = compare(plan, async |contender: usize| match contender {
+            0 => drop(black_box(deadpool.get().await.expect("a client"))),
+            _ => drop(black_box(sessions.acquire().await.expect("a session"))),
+        });
+        print("acquire and release", ["deadpool-postgres", "pg-session"], &acquire.await);
         let query = compare(plan, async |contender| match contender {
             0 => _ = black_box(raw.select().await),
             1 => _ = black_box(ours.select().await),
             _ => _ = black_box(pooled.select().await),
         });
-        print("query_one by primary key, prepared", &query.await);
+        print("query_one by primary key, prepared", NAMES, &query.await);
         let transaction = compare(plan, async |contender| match contender {
             0 => raw.transaction(1).await,
             1 => ours.transaction(1).await,
             _ => pooled.transaction(1).await,
         });
-        print("transaction of one update", &transaction.await);
+        print("transaction of one update", NAMES, &transaction.await);
     });
 }
 
 /// Each contender's microseconds per operation, round by round.
-async fn compare(plan: Plan, mut operation: impl AsyncFnMut(usize)) -> [Vec<f64>; 3] {
+async fn compare<const N: usize>(plan: Plan, mut operation: impl AsyncFnMut(usize)) -> [Vec<f64>; N] {
     // Statements are prepared, caches warm.
-    for contender in 0..3 {
+    for contender in 0..N {
         for _ in 0..plan.operations / 4 {
             operation(contender).await;
         }
     }
-    let mut times = [const { Vec::new() }; 3];
+    let mut times = [const { Vec::new() }; N];
     for round in 0..plan.rounds {
-        for turn in 0..3 {
+        for turn in 0..N {
             // Nobody always comes first.
-            let contender = (round + turn) % 3;
+            let contender = (round + turn) % N;
             let started = Instant::now();
             for _ in 0..plan.operations {
                 operation(contender).await;
@@ -70,10 +75,11 @@ async fn compare(plan: Plan, mut operation: impl AsyncFnMut(usize)) -> [Vec<f64>
     times
 }
 
-fn print(title: &str, times: &[Vec<f64>; 3]) {
-    println!("\n{title:<36}{:>12}{:>12}{:>22}", "median", "to driver", "quarters of rounds");
-    for (name, own) in NAMES.iter().zip(times) {
-        let ratios: Vec<f64> = own.iter().zip(&times[0]).map(|(own, raw)| own / raw).collect();
+/// Each beside the first.
+fn print<const N: usize>(title: &str, names: [&str; N], times: &[Vec<f64>; N]) {
+    println!("\n{title:<36}{:>12}{:>12}{:>22}", "median", "to first", "quarters of rounds");
+    for (name, own) in names.iter().zip(times) {
+        let ratios: Vec<f64> = own.iter().zip(&times[0]).map(|(own, first)| own / first).collect();
         let spread = format!("{:.3} – {:.3}", part(&ratios, 0.25), part(&ratios, 0.75));
         println!("  {name:<34}{:>9.2} µs{:>12.3}{spread:>22}", part(own, 0.5), part(&ratios, 0.5));
     }

@@ -107,8 +107,7 @@ impl<'a> Batch<'a> {
                 connection.fly(turn, &requests).await
             }
             Target::Session(session, options) => {
-                let config = session.link.config_handle();
-                let options = options.as_ref().unwrap_or(&config.transactions);
+                let options = options.as_ref().unwrap_or(&session.link.config().transactions);
                 session.run(options, async |tx| run_alone(tx, statements, options).await).await
             }
             Target::Manager(manager, options) => {

@@ -22,6 +22,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use tracing::level_filters::LevelFilter;
 use tracing::{Span, debug, debug_span, error, field, info_span, warn};
 
 const TARGET: &str = "pg_session";
@@ -35,6 +36,10 @@ pub(crate) enum Outcome {
 }
 
 pub(crate) fn acquire() -> Span {
+    // Cheaper than the macro where somebody turned on tracing's feature `log`: it would make a span for log records.
+    if LevelFilter::current() < LevelFilter::DEBUG {
+        return Span::none();
+    }
     debug_span!(target: TARGET, "pg_session.acquire")
 }
 

@@ -84,8 +84,7 @@ impl Session {
         F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
         E: From<Error>,
     {
-        let config = self.connection().link.config_handle();
-        self.run(&config.transactions, f).await
+        self.run(&self.connection().link.config().transactions, f).await
     }
 
     /// As [`transaction`](Self::transaction), with options of its own.
@@ -105,7 +104,7 @@ impl Session {
         self.run(&options, f).await
     }
 
-    pub(crate) async fn run<T, E, F>(&mut self, options: &TransactionOptions, f: F) -> Result<T, E>
+    pub(crate) async fn run<T, E, F>(&self, options: &TransactionOptions, f: F) -> Result<T, E>
     where
         F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
         E: From<Error>,
@@ -170,6 +169,7 @@ impl Session {
 impl Deref for Session {
     type Target = Connection;
 
+    #[inline]
     fn deref(&self) -> &Connection {
         self.connection()
     }

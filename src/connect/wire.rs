@@ -133,6 +133,12 @@ impl Wire {
         }
     }
 
+    /// Only the task that drives the connection writes, so no other addition can be lost.
+    #[inline]
+    fn on_written(&self, bytes: usize) {
+        self.written.store(self.written.load(Relaxed) + bytes as u64, Relaxed);
+    }
+
     fn on_closed(&self) {
         self.closed.store(true, SeqCst);
         self.recovered.notify_waiters();
@@ -205,15 +211,17 @@ impl Wire {
     }
 
     fn take_ahead(&self) -> Option<Ahead> {
-        if !self.has_ahead.load(Relaxed) || !self.has_ahead.swap(false, SeqCst) {
-            return None;
-        }
-        lock(&self.ahead).take()
+        self.has_ahead.swap(false, SeqCst).then(|| lock(&self.ahead).take())?
     }
 
     /// How far the server has come with what was sent ahead.
     pub(crate) fn answered(&self) -> Answered {
         *lock(&self.answered)
+    }
+
+    /// Whether there is one. No ReadyForQuery follows it, so the record need seldom be looked into.
+    pub(crate) fn is_ended(&self) -> bool {
+        self.is_erring() && self.fatal().is_some()
     }
 
     #[inline]
@@ -327,50 +335,63 @@ impl Frames {
         matches!(tag, b'Z' | b'C' | b'E' | b'K')
     }
 
+    #[inline]
     fn feed(&mut self, mut bytes: &[u8], wire: &Wire) {
-        while !bytes.is_empty() {
-            if self.filled < 5 {
-                // The common case first: the whole frame is here.
-                if let (0, Some((header, rest))) = (self.filled, bytes.split_first_chunk::<5>()) {
-                    if let Some((body, rest)) = rest.split_at_checked(body_length(header)) {
-                        match header[0] {
-                            b'Z' => wire.on_status(body),
-                            b'C' if !Wire::counts(body) => {}
-                            tag if Self::kept(tag) => wire.on_frame(tag, body),
-                            _ => {}
-                        }
-                        bytes = rest;
-                        continue;
-                    }
-                }
-                let take = bytes.len().min(5 - self.filled);
-                self.header[self.filled..self.filled + take].copy_from_slice(&bytes[..take]);
-                self.filled += take;
-                bytes = &bytes[take..];
-                if self.filled < 5 {
-                    return;
-                }
-                self.left = body_length(&self.header);
-                self.body.clear();
+        loop {
+            if self.filled == 0 {
+                bytes = Self::whole(bytes, wire);
             }
-            let take = bytes.len().min(self.left);
-            if Self::kept(self.header[0]) {
-                let room = BODY_LIMIT.saturating_sub(self.body.len());
-                self.body.extend_from_slice(&bytes[..take.min(room)]);
+            if bytes.is_empty() {
+                return;
             }
-            self.left -= take;
-            bytes = &bytes[take..];
-            if self.left == 0 {
-                if Self::kept(self.header[0]) {
-                    wire.on_frame(self.header[0], &self.body);
-                }
-                self.filled = 0;
-            }
+            bytes = self.part(bytes, wire);
         }
-        // A body of no bytes whose header was split ends with its header.
-        if self.filled == 5 && self.left == 0 {
+    }
+
+    /// The common case: reads the frames that are here as a whole, and returns what is left.
+    #[inline]
+    fn whole<'b>(mut bytes: &'b [u8], wire: &Wire) -> &'b [u8] {
+        while let Some(&[tag, a, b, c, d]) = bytes.first_chunk() {
+            let end = (u32::from_be_bytes([a, b, c, d]) as usize).saturating_add(1);
+            let Some(body) = bytes.get(5..end) else { break };
+            match tag {
+                b'Z' => wire.on_status(body),
+                b'C' if !Wire::counts(body) => {}
+                _ if Self::kept(tag) => wire.on_frame(tag, body),
+                _ => {}
+            }
+            bytes = &bytes[end..];
+        }
+        bytes
+    }
+
+    /// Reads what is here of one frame, and returns what is behind it.
+    fn part<'b>(&mut self, mut bytes: &'b [u8], wire: &Wire) -> &'b [u8] {
+        if self.filled < 5 {
+            let (header, rest) = bytes.split_at(bytes.len().min(5 - self.filled));
+            self.header[self.filled..self.filled + header.len()].copy_from_slice(header);
+            self.filled += header.len();
+            bytes = rest;
+            if self.filled < 5 {
+                return bytes;
+            }
+            self.left = body_length(&self.header);
+            self.body.clear();
+        }
+        let (body, rest) = bytes.split_at(bytes.len().min(self.left));
+        let kept = Self::kept(self.header[0]);
+        if kept {
+            let room = BODY_LIMIT.saturating_sub(self.body.len());
+            self.body.extend_from_slice(&body[..body.len().min(room)]);
+        }
+        self.left -= body.len();
+        if self.left == 0 {
+            if kept {
+                wire.on_frame(self.header[0], &self.body);
+            }
             self.filled = 0;
         }
+        rest
     }
 }
 
@@ -422,7 +443,7 @@ impl<S: AsyncWrite + Unpin> Observed<S> {
                     return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
                 }
                 exchange.sent(written);
-                self.wire.written.fetch_add(written as u64, Relaxed);
+                self.wire.on_written(written);
             }
         }
         Poll::Ready(Ok(()))
@@ -482,10 +503,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for Observed<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for Observed<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        ready!(this.poll_ahead(cx))?;
+        if this.exchange.is_some() || this.wire.has_ahead.load(Relaxed) {
+            ready!(this.poll_ahead(cx))?;
+        }
         let written = ready!(Pin::new(&mut this.stream).poll_write(cx, buf))?;
         this.partial = written < buf.len();
-        this.wire.written.fetch_add(written as u64, Relaxed);
+        this.wire.on_written(written);
         Poll::Ready(Ok(written))
     }
 

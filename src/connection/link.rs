@@ -137,6 +137,10 @@ impl Link {
 
     /// Waits for `ready`, which becomes true by a change of the flow.
     pub(super) async fn until(&self, ready: impl Fn(&Flow) -> bool) {
+        // Most often it is so: then there is no need to be told.
+        if ready(&self.flow()) {
+            return;
+        }
         loop {
             let mut changed = pin!(self.changed.notified());
             changed.as_mut().enable();

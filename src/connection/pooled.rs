@@ -198,15 +198,16 @@ async fn connect(config: Arc<SessionConfig>, register: Arc<Register>) -> Result<
 }
 
 impl Manager for ConnectionManager {
-    type Type = Connection;
+    /// Boxed: the pool moves it a dozen times each time it is lent.
+    type Type = Box<Connection>;
     type Error = Arc<ConnectError>;
 
-    async fn create(&self) -> Result<Connection, Self::Error> {
+    async fn create(&self) -> Result<Box<Connection>, Self::Error> {
         // Boxed: it is large and seldom needed, and every acquire would carry it along, several times over.
-        Box::pin(self.connect_patiently()).await
+        Box::pin(self.connect_patiently()).await.map(Box::new)
     }
 
-    async fn recycle(&self, connection: &mut Connection, _: &Metrics) -> RecycleResult<Self::Error> {
+    async fn recycle(&self, connection: &mut Box<Connection>, _: &Metrics) -> RecycleResult<Self::Error> {
         if !connection.is_usable() {
             return Err(RecycleError::message("closed"));
         }
@@ -228,7 +229,7 @@ impl Manager for ConnectionManager {
 
 impl Connection {
     fn is_usable(&self) -> bool {
-        self.link.flow().broken.is_none() && !self.client.is_closed() && self.wire().fatal().is_none()
+        self.link.flow().broken.is_none() && !self.client.is_closed() && !self.wire().is_ended()
     }
 
     pub(crate) fn is_expired(&self, now: Instant) -> bool {

@@ -63,13 +63,9 @@ impl Turn<'_> {
         self.streaming = true;
         self.connection.link.flow().streaming = true;
     }
-}
 
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        if self.done {
-            return;
-        }
+    #[cold]
+    fn abandon(&mut self) {
         let link = &self.connection.link;
         let mut flow = link.flow();
         flow.live -= 1;
@@ -84,6 +80,15 @@ impl Drop for Turn<'_> {
             link.start_settling(flow, &self.connection.client);
         }
         link.changed();
+    }
+}
+
+impl Drop for Turn<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if !self.done {
+            self.abandon();
+        }
     }
 }
 
@@ -291,7 +296,7 @@ impl Connection {
     /// Sends what is pending and `sql` as one message, and waits for the answer. `commit` protects it from being
     /// cancelled. Nothing else may be under way.
     pub(crate) async fn control(&self, sql: &str, commit: bool) -> Result<(), tokio_postgres::Error> {
-        let message = {
+        let mut message = {
             let mut flow = self.link.flow();
             flow.live += 1;
             flow.committing = commit;
@@ -305,7 +310,11 @@ impl Connection {
         if result.is_err() {
             self.wire().recovered().await;
         }
-        self.link.flow().committing = false;
+        message.clear();
+        let mut flow = self.link.flow();
+        flow.committing = false;
+        flow.pending = message; // empty, but room for the next transaction's
+        drop(flow);
         turn.finish();
         result
     }
