@@ -119,6 +119,8 @@ async fn an_error_names_the_statement_and_nothing_is_stored() {
     // One that cannot be prepared.
     let error = within(session.batch().push(ADD, (1, 1)).push("SELEC 1", ()).run()).await.unwrap_err();
     assert_eq!((position(&error), error.code().unwrap().code()), (2, "42601"));
+    let error = within(session.batch().push("SELEC 2", ()).push("SELECT x", ()).run()).await.unwrap_err();
+    assert_eq!((position(&error), error.code().unwrap().code()), (1, "42601"));
     assert_eq!(db.number(SUM).await, 30);
     let error = within(session.batch().push("COPY t TO STDOUT", ()).run()).await.unwrap_err();
     assert!(matches!(error, Error::Config(_)), "{error:?}");

@@ -158,11 +158,18 @@ fn a_killed_process_leaves_nothing_behind() -> Result {
 
 #[test]
 fn a_process_killed_during_initdb_leaves_nothing_behind() -> Result {
-    let bin = fake_programs("postgres (PostgreSQL) 17.5", "exec sleep 5")?;
+    // For whichever user the server's programs are run as.
+    let scratch = tempfile::tempdir()?;
+    fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o777))?;
+    let runs = scratch.path().join("runs");
+    let bin =
+        fake_programs("postgres (PostgreSQL) 17.5", &format!("touch {}; exec sleep 5", runs.display()))?;
     let mut child = TestProcess::start_with("initdb", bin.path())?;
     let directory = child.temporary.path().to_owned();
     let made = || fs::read_dir(&directory).is_ok_and(|mut entries| entries.next().is_some());
-    eventually("the server's directory is made", made);
+    // Not just its directory: the watchdog is started in between.
+    eventually("initdb runs", || runs.exists());
+    assert!(made(), "the server's directory");
     child.process.kill()?;
     child.process.wait()?;
     eventually("the server's directory is removed", || !made());
