@@ -11,6 +11,8 @@ use common::proxy::{AtCommit, Proxy};
 use common::{Database, polls, until_returned, within};
 use pg_session::testing::Sandbox;
 use pg_session::{Error, SessionConfig, SessionManager, TransactionOptions};
+use tokio_postgres::types::private::BytesMut;
+use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
 
 const INSERT: &str = "INSERT INTO t (id, name) VALUES ($1, $2)";
 const COUNT: &str = "SELECT count(*) FROM t";
@@ -102,9 +104,8 @@ async fn a_refused_row_is_named_and_nothing_is_stored() {
 async fn a_row_that_cannot_be_encoded_is_named_and_nothing_is_stored() {
     let (db, sessions) = table().await;
     let mut session = sessions.acquire().await.unwrap();
-    let one = |id: i32| -> Box<dyn tokio_postgres::types::ToSql + Sync> {
-        if id == 15_000 { Box::new("fifteen") } else { Box::new(id) }
-    };
+    let one =
+        |id: i32| -> Box<dyn ToSql + Sync> { if id == 15_000 { Box::new("fifteen") } else { Box::new(id) } };
     let rows = (1..=MANY).map(|id| vec![one(id), Box::new("y")]);
     let error = within(session.execute_many(INSERT, rows)).await.unwrap_err();
     assert_eq!(row_of(&error), 15_000);
@@ -221,6 +222,53 @@ async fn nothing_else_is_sent_in_between() {
     .await
     .unwrap();
     assert_eq!(db.number(COUNT).await, i64::from(MANY));
+}
+
+#[tokio::test]
+async fn what_the_raw_client_has_under_way_is_waited_for() {
+    let (db, sessions) = table().await;
+    let mut session = sessions.acquire().await.unwrap();
+    session.execute_many(INSERT, rows(1..=2)).await.unwrap();
+    let client = session.client().await.unwrap();
+    assert!(polls(client.batch_execute("SELECT pg_sleep(0.05); SELECT 1"), 1).await.is_none());
+    assert_eq!(within(session.execute_many(INSERT, rows(3..=100))).await.unwrap(), 98);
+    assert_eq!(db.number(COUNT).await, 100);
+}
+
+/// A name as the server would read it.
+#[derive(Debug)]
+struct Text;
+
+impl ToSql for Text {
+    fn to_sql(
+        &self,
+        _: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        out.extend_from_slice(b"1");
+        Ok(IsNull::No)
+    }
+
+    fn encode_format(&self, _: &Type) -> Format {
+        Format::Text
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    to_sql_checked!();
+}
+
+#[tokio::test]
+async fn a_value_in_text_format_is_never_taken_for_binary() {
+    let (db, sessions) = table().await;
+    let mut session = sessions.acquire().await.unwrap();
+    let error = within(session.execute_many(INSERT, [(Text, "x")])).await.unwrap_err();
+    assert!(matches!(&error, Error::Batch(e) if e.parameter() == Some(1)), "{error:?}");
+    let error = within(session.copy_rows_in("t", &["id"]).send([(Text,)])).await.unwrap_err();
+    assert!(matches!(&error, Error::Copy(e) if e.column() == Some("id")), "{error:?}");
+    assert_eq!(db.number(COUNT).await, 0);
 }
 
 #[tokio::test]
