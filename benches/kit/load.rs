@@ -20,11 +20,13 @@ pub struct Load {
 pub struct Sample {
     /// All operations, those of the warm-up too: so many the database must show.
     pub done: u64,
-    /// Measured operations per second.
+    /// Operations per second. One that began before the measured time or ended after it counts for the part of it that
+    /// lies within: whole operations would make those that take long, or the last of a task, count too much or too little.
     pub rate: f64,
-    /// Of the measured operations, in seconds, sorted; none if an outer program measured.
+    /// Of the operations that lie within the measured time, wholly or in part, in seconds, sorted; none if another
+    /// program measured.
     pub latencies: Vec<f64>,
-    /// How many operations each task had measured, sorted.
+    /// How many such operations each task did, sorted.
     pub shares: Vec<u64>,
     /// How often an operation was tried, where that is counted.
     pub attempts: Option<f64>,
@@ -65,52 +67,51 @@ impl Sample {
 #[derive(Default)]
 struct Task {
     done: u64,
+    within: f64,
     latencies: Vec<f64>,
-    finished: Option<Instant>,
 }
 
 impl Load {
-    /// Lets each task do the operation on a clone of `state` until the time is over. What has begun is finished, and
-    /// every task does it once at least; the first error ends it all.
+    /// Lets each task do the operation on a clone of `state` until the time is over. What has begun is finished; the first
+    /// error ends it all.
     pub async fn run<S, F, T>(&self, state: S, operation: F) -> Result<Sample, Failure>
     where
         S: Clone + Send + 'static,
         F: Fn(S) -> T + Clone + Send + 'static,
         T: Future<Output = Result<(), Failure>> + Send,
     {
-        let measured_from = Instant::now() + self.warm_up;
-        let end = measured_from + self.time;
+        let from = Instant::now() + self.warm_up;
+        let to = from + self.time;
         let mut tasks = JoinSet::new();
         for _ in 0..self.tasks {
             let (state, operation) = (state.clone(), operation.clone());
             tasks.spawn(async move {
                 let mut task = Task::default();
                 let mut begun = Instant::now();
-                while begun < end || task.latencies.is_empty() {
+                while begun < to {
                     operation(state.clone()).await?;
-                    let finished = Instant::now();
+                    let ended = Instant::now();
                     task.done += 1;
-                    if begun >= measured_from {
-                        task.latencies.push((finished - begun).as_secs_f64());
-                        task.finished = Some(finished);
+                    if ended > from {
+                        let took = (ended - begun).as_secs_f64();
+                        task.within += (ended.min(to) - begun.max(from)).as_secs_f64() / took;
+                        task.latencies.push(took);
                     }
-                    begun = finished;
+                    begun = ended;
                 }
                 Ok::<_, Failure>(task)
             });
         }
-        let (mut done, mut latencies, mut shares) = (0, Vec::new(), Vec::new());
-        let mut finished = measured_from;
+        let (mut done, mut within, mut latencies, mut shares) = (0, 0.0, Vec::new(), Vec::new());
         while let Some(task) = tasks.join_next().await {
             let task = task??;
             done += task.done;
+            within += task.within;
             shares.push(task.latencies.len() as u64);
             latencies.extend(task.latencies);
-            finished = finished.max(task.finished.unwrap_or(finished));
         }
-        let rate = latencies.len() as f64 / (finished - measured_from).as_secs_f64();
         latencies.sort_by(f64::total_cmp);
         shares.sort_unstable();
-        Ok(Sample { done, rate, latencies, shares, attempts: None })
+        Ok(Sample { done, rate: within / self.time.as_secs_f64(), latencies, shares, attempts: None })
     }
 }
