@@ -14,6 +14,9 @@ pub struct Plan {
     pub warm_up: Duration,
     /// TPC-B's number of branches; each has ten tellers and 100,000 accounts.
     pub scale: i32,
+    /// How many rows an insert stores, and how many through the delay, where a loop takes a millisecond for each.
+    pub rows: usize,
+    pub delayed_rows: usize,
     /// How many tasks read at once, one after the other.
     pub tasks: Vec<usize>,
     /// Names of work; all if there is none.
@@ -21,22 +24,37 @@ pub struct Plan {
 }
 
 impl Plan {
-    fn new(rounds: usize, milliseconds: u64, scale: i32, tasks: &[usize]) -> Self {
-        let time = Duration::from_millis(milliseconds);
-        Self { rounds, time, warm_up: warm_up(time), scale, tasks: tasks.to_vec(), only: Vec::new() }
-    }
-
     fn full() -> Self {
-        Self::new(5, 1000, 20, &[1, 2, 4, 8, 16, 32, 64, 128, 256])
+        let time = Duration::from_secs(1);
+        Self {
+            rounds: 5,
+            time,
+            warm_up: warm_up(time),
+            scale: 20,
+            rows: 10_000,
+            delayed_rows: 1000,
+            tasks: vec![1, 2, 4, 8, 16, 32, 64, 128, 256],
+            only: Vec::new(),
+        }
     }
 
     fn short() -> Self {
-        Self::new(3, 150, 20, &[1, 16, 256])
+        let time = Duration::from_millis(120);
+        Self {
+            rounds: 3,
+            time,
+            warm_up: warm_up(time),
+            delayed_rows: 100,
+            tasks: vec![1, 256],
+            ..Self::full()
+        }
     }
 
     /// Only to see that it works.
     fn test() -> Self {
-        Self::new(1, 10, 1, &[1, 256])
+        let time = Duration::from_millis(10);
+        let few = Self { rounds: 1, scale: 1, rows: 100, delayed_rows: 10, ..Self::short() };
+        Self { time, warm_up: warm_up(time), ..few }
     }
 
     /// Reads the arguments of the program, of which `names` are those of work.
@@ -95,7 +113,7 @@ fn warm_up(time: Duration) -> Duration {
 fn usage(names: &[&str]) -> String {
     format!(
         "arguments: --only WORK[,WORK…], --rounds N (5), --seconds S (1, for each contender in each round), \
-         --short (3 rounds of 0.15 s), --test (to see that it works)\nwork: {}",
+         --short (3 rounds of 0.12 s), --test (to see that it works)\nwork: {}",
         names.join(", ")
     )
 }

@@ -19,27 +19,22 @@ pub struct Section {
 }
 
 impl Section {
-    fn new(name: &'static str, work: Work, tasks: usize) -> Self {
-        Self { name, work, tasks, delayed: false, rows: 10_000 }
-    }
-
-    /// Through the proxy. A loop takes a millisecond for each row there, so there are fewer.
-    fn delayed(self) -> Self {
-        Self { delayed: true, rows: self.rows / 10, ..self }
-    }
-
     pub fn all(plan: &Plan) -> Vec<Self> {
+        let section = |name, work, tasks| Self { name, work, tasks, delayed: false, rows: plan.rows };
         let near = [
-            Self::new("acquire", Work::Acquire, 1),
-            Self::new("read", Work::Read, 64),
-            Self::new("update", Work::Update, 64),
-            Self::new("tpcb", Work::TpcB, 64),
-            Self::new("insert", Work::Insert, 1),
-            Self::new("counter", Work::Counter, 32),
+            section("acquire", Work::Acquire, 1),
+            section("read", Work::Read, 64),
+            section("update", Work::Update, 64),
+            section("tpcb", Work::TpcB, 64),
+            section("insert", Work::Insert, 1),
+            section("counter", Work::Counter, 32),
         ];
-        let both = near.into_iter().flat_map(|section| [section.clone(), section.delayed()]);
-        let tasks = plan.tasks.iter().map(|tasks| Self::new("tasks", Work::Read, *tasks));
-        let fairness = Self::new("fairness", Work::Read, 1000);
+        let both = near.into_iter().flat_map(|near| {
+            let far = Self { delayed: true, rows: plan.delayed_rows, ..near.clone() };
+            [near, far]
+        });
+        let tasks = plan.tasks.iter().map(|tasks| section("tasks", Work::Read, *tasks));
+        let fairness = section("fairness", Work::Read, 1000);
         both.chain(tasks).chain([fairness]).filter(|section| plan.wants(section.name)).collect()
     }
 

@@ -20,7 +20,7 @@ pub enum Role {
     Peer,
     /// Something to compare with that is no alternative, or not the same work.
     Yardstick,
-    /// Not there yet.
+    /// Not in the crate yet: shown in the table as missing, and no failure.
     Missing,
 }
 

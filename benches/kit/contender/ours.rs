@@ -25,12 +25,10 @@ impl Contender for PgSession {
         match work {
             Work::Acquire => vec![Way::ours("acquire")],
             Work::Read => vec![Way::ours("query_one")],
-            // MISSING: `batch` is not on main yet.
             Work::Update => {
                 vec![Way::ours("closure"), Way::missing("batch, one flight"), Way::yardstick("no BEGIN")]
             }
             Work::TpcB => vec![Way::ours("closure"), Way::missing("batch, one flight")],
-            // MISSING: `execute_many` is not on main yet.
             Work::Insert => vec![Way::ours("loop"), Way::missing("execute_many"), Way::ours("COPY")],
             Work::Counter => vec![Way::ours("closure")],
         }
@@ -75,6 +73,7 @@ async fn run(turn: &Turn) -> Result<Sample, Failure> {
             });
             sample.await?
         }
+        // MISSING: (Work::Update, "batch, one flight"), with `sessions.batch()`.
         (Work::Update, "no BEGIN") => {
             let sample = load.run(sessions.clone(), |sessions| async move {
                 let session = sessions.acquire().await?;
@@ -98,6 +97,7 @@ async fn run(turn: &Turn) -> Result<Sample, Failure> {
             });
             sample.await?
         }
+        // MISSING: (Work::TpcB, "batch, one flight"), with `sessions.batch()`.
         (Work::Insert, "loop") => {
             let sample = load.run(sessions.clone(), move |sessions| async move {
                 let work = async |tx: &mut pg_session::Transaction<'_>| {
@@ -110,6 +110,7 @@ async fn run(turn: &Turn) -> Result<Sample, Failure> {
             });
             sample.await?
         }
+        // MISSING: (Work::Insert, "execute_many"), with `tx.execute_many`, as in "loop".
         (Work::Insert, "COPY") => {
             let sample = load.run(sessions.clone(), move |sessions| async move {
                 let session = sessions.acquire().await?;
