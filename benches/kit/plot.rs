@@ -34,6 +34,7 @@ pub fn bars(results: &Results) -> Result<String, Failure> {
         chart
             .configure_mesh()
             .disable_y_mesh()
+            .max_light_lines(1)
             .x_desc(results.section.unit())
             .x_label_formatter(&|x| format!("{x:.0}"))
             .y_labels(entries.len())
@@ -102,9 +103,11 @@ fn lines(
             .build_cartesian_2d((1.0..most_tasks).log_scale().base(2.0), 0.0..most * 1.05)?;
         chart
             .configure_mesh()
+            .max_light_lines(1)
             .x_desc("tasks")
             .y_desc(what)
             .x_label_formatter(&|x| format!("{x:.0}"))
+            .y_label_formatter(&|y| format!("{y}"))
             .draw()?;
         for (i, (name, points)) in lines.iter().enumerate() {
             let style = Palette99::pick(i).stroke_width(2);
