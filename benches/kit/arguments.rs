@@ -107,7 +107,7 @@ impl Plan {
 }
 
 fn warm_up(time: Duration) -> Duration {
-    (time / 5).max(Duration::from_millis(40))
+    (time / 5).max(Duration::from_millis(100))
 }
 
 fn usage(names: &[&str]) -> String {
