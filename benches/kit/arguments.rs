@@ -1,0 +1,119 @@
+//! What the caller asks for: which work, how many rounds, how long.
+
+use std::time::Duration;
+
+use super::Failure;
+
+/// How much is done.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub rounds: usize,
+    /// How long a contender is measured in a round. What has begun by then is finished and counted.
+    pub time: Duration,
+    /// How long it works unmeasured before: connections are opened, statements prepared, caches filled.
+    pub warm_up: Duration,
+    /// TPC-B's number of branches; each has ten tellers and 100,000 accounts.
+    pub scale: i32,
+    /// How many rows an insert stores, and how many through the delay, where a loop takes a millisecond for each.
+    pub rows: usize,
+    pub delayed_rows: usize,
+    /// How many tasks read at once, one after the other.
+    pub tasks: Vec<usize>,
+    /// Names of work; all if there is none.
+    pub only: Vec<String>,
+}
+
+impl Plan {
+    fn full() -> Self {
+        let time = Duration::from_secs(1);
+        Self {
+            rounds: 5,
+            time,
+            warm_up: warm_up(time),
+            scale: 20,
+            rows: 10_000,
+            delayed_rows: 1000,
+            tasks: vec![1, 2, 4, 8, 16, 32, 64, 128, 256],
+            only: Vec::new(),
+        }
+    }
+
+    fn short() -> Self {
+        let time = Duration::from_millis(120);
+        Self {
+            rounds: 3,
+            time,
+            warm_up: warm_up(time),
+            delayed_rows: 100,
+            tasks: vec![1, 256],
+            ..Self::full()
+        }
+    }
+
+    /// Only to see that it works.
+    fn test() -> Self {
+        let time = Duration::from_millis(10);
+        let few = Self { rounds: 1, scale: 1, rows: 100, delayed_rows: 10, ..Self::short() };
+        Self { time, warm_up: warm_up(time), ..few }
+    }
+
+    /// Reads the arguments of the program, of which `names` are those of work.
+    pub fn from_arguments(names: &[&str], arguments: impl Iterator<Item = String>) -> Result<Self, Failure> {
+        let arguments: Vec<String> = arguments.collect();
+        let has = |name: &str| arguments.iter().any(|argument| argument == name);
+        let mut plan = if has("--test") {
+            Self::test()
+        } else if has("--short") {
+            Self::short()
+        } else {
+            Self::full()
+        };
+        let mut rest = arguments.iter();
+        while let Some(argument) = rest.next() {
+            let mut value = || rest.next().ok_or(format!("{argument} needs a value"));
+            match argument.as_str() {
+                // Cargo's own.
+                "--bench" | "--test" | "--short" => {}
+                "--only" => plan.only.extend(value()?.split(',').map(str::to_owned)),
+                "--rounds" => plan.rounds = value()?.parse()?,
+                "--seconds" => {
+                    plan.time = Duration::try_from_secs_f64(value()?.parse()?)?;
+                    plan.warm_up = warm_up(plan.time);
+                }
+                _ => return Err(format!("unknown argument {argument}\n{}", usage(names)).into()),
+            }
+        }
+        if let Some(unknown) = plan.only.iter().find(|only| !names.contains(&only.as_str())) {
+            return Err(format!("no work has the name {unknown}\n{}", usage(names)).into());
+        }
+        if plan.rounds == 0 {
+            return Err("--rounds must be 1 or more".into());
+        }
+        Ok(plan)
+    }
+
+    pub fn describe(&self) -> String {
+        format!(
+            "{} rounds of {} s for each; medians over the rounds, ratios within each round, everybody checked; TPC-B's scale is {}.",
+            self.rounds,
+            self.time.as_secs_f64(),
+            self.scale
+        )
+    }
+
+    pub fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| only == name)
+    }
+}
+
+fn warm_up(time: Duration) -> Duration {
+    (time / 5).max(Duration::from_millis(100))
+}
+
+fn usage(names: &[&str]) -> String {
+    format!(
+        "arguments: --only WORK[,WORK…], --rounds N (5), --seconds S (1, for each contender in each round), \
+         --short (3 rounds of 0.12 s), --test (to see that it works)\nwork: {}",
+        names.join(", ")
+    )
+}

@@ -1,0 +1,77 @@
+//! The sections of the table: which work, by how many tasks, how far from the server.
+
+use super::arguments::Plan;
+use super::proxy::DELAY;
+use super::work::{CONNECTIONS, Work};
+
+/// Names for `--only`.
+pub const NAMES: [&str; 8] = ["acquire", "read", "update", "tpcb", "insert", "counter", "tasks", "fairness"];
+
+#[derive(Clone, Debug)]
+pub struct Section {
+    /// Of `NAMES`.
+    pub name: &'static str,
+    pub work: Work,
+    pub tasks: usize,
+    pub delayed: bool,
+    /// How many rows an insert stores.
+    pub rows: usize,
+}
+
+impl Section {
+    pub fn all(plan: &Plan) -> Vec<Self> {
+        let section = |name, work, tasks| Self { name, work, tasks, delayed: false, rows: plan.rows };
+        let near = [
+            section("acquire", Work::Acquire, 1),
+            section("read", Work::Read, 64),
+            section("update", Work::Update, 64),
+            section("tpcb", Work::TpcB, 64),
+            section("insert", Work::Insert, 1),
+            section("counter", Work::Counter, 32),
+        ];
+        let both = near.into_iter().flat_map(|near| {
+            let far = Self { delayed: true, rows: plan.delayed_rows, ..near.clone() };
+            [near, far]
+        });
+        let tasks = plan.tasks.iter().map(|tasks| section("tasks", Work::Read, *tasks));
+        let fairness = section("fairness", Work::Read, 1000);
+        both.chain(tasks).chain([fairness]).filter(|section| plan.wants(section.name)).collect()
+    }
+
+    pub fn title(&self) -> String {
+        let work = match (self.name, self.work) {
+            ("fairness", _) => "fairness: point read".to_owned(),
+            (_, Work::Acquire) => "acquire and release".to_owned(),
+            (_, Work::Read) => "point read".to_owned(),
+            (_, Work::Update) => "transaction of one update".to_owned(),
+            (_, Work::TpcB) => "TPC-B-like transaction".to_owned(),
+            (_, Work::Insert) => format!("insert of {} rows", self.rows),
+            (_, Work::Counter) => "contended SERIALIZABLE counter".to_owned(),
+        };
+        let tasks = if self.tasks == 1 { "1 task".to_owned() } else { format!("{} tasks", self.tasks) };
+        let far = format!(", {} ms each way", DELAY.as_secs_f64() * 1e3);
+        format!("{work}, {tasks} on {CONNECTIONS} connections{}", if self.delayed { &far } else { "" })
+    }
+
+    /// What a rate counts.
+    pub fn unit(&self) -> &'static str {
+        match self.work {
+            Work::Acquire => "acquires/s",
+            Work::Read => "reads/s",
+            Work::Update | Work::TpcB => "transactions/s",
+            Work::Insert => "rows/s",
+            Work::Counter => "increments/s",
+        }
+    }
+
+    /// How many of its units one operation is.
+    pub fn units(&self) -> f64 {
+        if self.work == Work::Insert { self.rows as f64 } else { 1.0 }
+    }
+
+    /// A name for a file.
+    pub fn slug(&self) -> String {
+        let far = if self.delayed { "-delayed" } else { "" };
+        if self.name == "tasks" { format!("tasks-{}", self.tasks) } else { format!("{}{far}", self.name) }
+    }
+}
