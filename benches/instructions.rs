@@ -26,11 +26,11 @@ fn main() -> ExitCode {
     if known {
         return ExitCode::SUCCESS;
     }
-    eprintln!("usage: instructions serve | (raw|session|deadpool) (acquire|query|transaction) N");
+    eprintln!("usage: instructions serve | (raw|session|deadpool) (acquire|query|transaction|batch) N");
     ExitCode::from(2)
 }
 
-/// Whether there is such an operation; the bare driver has nothing to acquire.
+/// Whether there is such an operation; the bare driver has nothing to acquire, and deadpool-postgres no batch.
 async fn run(who: &str, what: &str, times: u64) -> bool {
     // Every service has some timer, and the runtime does more at every turn for the first one. The pool has one for
     // its upkeep; the driver alone would be measured in a runtime that nobody has.
@@ -65,6 +65,14 @@ async fn run(who: &str, what: &str, times: u64) -> bool {
         ("session", "transaction") => {
             let mut ours = Ours::new(&sessions(url)).await;
             repeat(times, async || ours.transaction(1).await).await;
+        }
+        ("raw", "batch") => {
+            let mut raw = Raw::new(url).await;
+            repeat(times, async || raw.pipelined().await).await;
+        }
+        ("session", "batch") => {
+            let mut ours = Ours::new(&sessions(url)).await;
+            repeat(times, async || ours.batch().await).await;
         }
         ("deadpool", "transaction") => {
             let mut pooled = Deadpool::new(&deadpool(url)).await;

@@ -131,7 +131,8 @@ async fn run_alone(
     options: &TransactionOptions,
 ) -> Result<Vec<BatchResult>, Error> {
     let requests = tx.requests(pairs(statements)).await?;
-    let turn = tx.turn().await?;
+    let (turn, pending) = tx.turn_alone().await?;
+    tx.send_sql_ahead(&pending)?;
     let flight = tx.fly(turn, &requests);
     if options.deadline.is_some() { flight.await } else { tx.conclude(flight).await }
 }

@@ -6,6 +6,7 @@ use deadpool_postgres::{Manager, Object, Pool};
 use pg_session::testing::{PgServer, TestDatabase};
 use pg_session::{Error, Session, SessionManager};
 use tokio::runtime::Runtime;
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, NoTls, Statement};
 
 pub(crate) const SELECT: &str = "SELECT n FROM pg_session_bench WHERE id = $1";
@@ -100,6 +101,18 @@ impl Raw {
         }
         tx.commit().await.expect("a commit");
     }
+
+    /// The same in one flight, as an expert writes it who has no doubt about the outcome.
+    pub(crate) async fn pipelined(&mut self) {
+        let id = self.ids.next();
+        let parameters: [&(dyn ToSql + Sync); 1] = [&id];
+        let (.., committed) = tokio::join!(
+            self.client.batch_execute("BEGIN"),
+            self.client.execute(&self.update, &parameters),
+            self.client.batch_execute("COMMIT"),
+        );
+        committed.expect("a commit");
+    }
 }
 
 pub(crate) fn deadpool(url: &str) -> Pool {
@@ -178,5 +191,10 @@ impl Ours {
             Ok::<_, Error>(())
         };
         self.session.transaction(work).await.expect("a commit");
+    }
+
+    pub(crate) async fn batch(&mut self) {
+        let id = self.ids.next();
+        self.session.batch().push(UPDATE, (id,)).run().await.expect("a commit");
     }
 }

@@ -7,12 +7,9 @@
 
 use std::io;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use postgres_protocol::message::frontend;
 use postgres_types::Type;
-
-/// As much is read at once while answers are kept from the driver.
-const READ: usize = 16 * 1024;
 
 /// What goes ahead.
 #[derive(Debug, Default)]
@@ -69,7 +66,7 @@ pub(crate) struct Answered {
 /// The exchange while it is under way: what is still to be written, and which answers to keep back.
 #[derive(Debug, Default)]
 pub(super) struct Exchange {
-    out: Bytes,
+    out: BytesMut,
     query: Query,
     /// How many requests have not been answered.
     left: u32,
@@ -97,17 +94,19 @@ enum Query {
 
 impl Exchange {
     /// Takes over from a reader that has read `filled` bytes of a header, and of the frame `left` bytes not.
-    pub(super) fn begin(header: [u8; 5], filled: usize, left: usize) -> Self {
-        let passing = filled == 5;
-        Self { header, filled, given: filled, body: left, passing, ..Self::default() }
+    pub(super) fn take_over(&mut self, header: [u8; 5], filled: usize, left: usize) {
+        (self.header, self.filled, self.given, self.body) = (header, filled, filled, left);
+        self.passing = filled == 5;
     }
 
-    /// Adds what is to go out. Nothing else may be under way.
-    pub(super) fn send(&mut self, ahead: Ahead) -> io::Result<()> {
+    /// Takes what is to go out, and what the driver has to say behind it, so that both go in one piece. Nothing else may
+    /// be under way.
+    pub(super) fn send(&mut self, ahead: Ahead, behind: &[u8]) -> io::Result<()> {
         if !self.is_answered() {
             return Err(io::Error::other("requests were sent ahead of others that are not answered"));
         }
-        self.out = ahead.bytes.freeze();
+        self.out = ahead.bytes;
+        self.out.put_slice(behind);
         self.query = if ahead.query { Query::Expected } else { Query::Done };
         self.left = ahead.requests;
         self.answered = Answered::default();
@@ -129,16 +128,12 @@ impl Exchange {
 
     /// Whether the driver may read for itself again.
     pub(super) fn is_over(&self) -> bool {
-        self.is_answered() && self.ready.is_empty() && (self.filled == 0 || self.passing)
+        self.is_answered() && self.ready.is_empty() && (self.filled == 0 || self.filled == 5 && self.passing)
     }
 
     /// What is to be given to the driver now.
     pub(super) fn ready(&mut self) -> &mut BytesMut {
         &mut self.ready
-    }
-
-    pub(super) fn buffer() -> Box<[u8]> {
-        vec![0; READ].into_boxed_slice()
     }
 
     /// Reads bytes of the server, and leaves in [`ready`](Self::ready) what is the driver's.
@@ -241,12 +236,18 @@ mod tests {
     fn passed(ahead: impl Fn() -> Ahead, frames: &[Vec<u8>]) -> (Vec<u8>, Answered) {
         let bytes = frames.concat();
         let mut results = (1..20).chain([bytes.len()]).map(|step| {
-            let mut exchange = Exchange::begin([0; 5], 0, 0);
-            exchange.send(ahead()).expect("nothing is under way");
+            let mut exchange = Exchange::default();
+            exchange.send(ahead(), b"").expect("nothing is under way");
+            let mut got = Vec::new();
             for chunk in bytes.chunks(step) {
-                exchange.read(chunk);
+                // As the reader does: it turns away as soon as it may.
+                if exchange.is_over() {
+                    got.extend(chunk);
+                } else {
+                    exchange.read(chunk);
+                    got.extend(exchange.ready().split());
+                }
             }
-            let got = exchange.ready().split().to_vec();
             assert!(exchange.is_over());
             (got, exchange.answered)
         });
@@ -305,8 +306,9 @@ mod tests {
             let filled = cut.min(5);
             header[..filled].copy_from_slice(&half[..filled]);
             let left = if filled == 5 { half.len() - cut } else { 0 };
-            let mut exchange = Exchange::begin(header, filled, left);
-            exchange.send(ahead(false, 1)).expect("nothing is under way");
+            let mut exchange = Exchange::default();
+            exchange.take_over(header, filled, left);
+            exchange.send(ahead(false, 1), b"").expect("nothing is under way");
             exchange.read(&half[cut..]);
             exchange.read(&row(b"SELECT 1\0"));
             assert_eq!(exchange.ready().split(), half[cut..], "cut at {cut}");

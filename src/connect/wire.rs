@@ -408,43 +408,57 @@ pub(crate) struct Observed<S> {
     wire: Arc<Wire>,
     /// The driver's last write was taken in part, so its next bytes may begin in the middle of a message.
     partial: bool,
-    exchange: Option<Box<(Exchange, Box<[u8]>)>>,
+    /// Some of the answers are not the driver's.
+    exchanging: bool,
+    /// Kept once there was one.
+    exchange: Option<Box<Exchange>>,
 }
 
 impl<S> Observed<S> {
     pub(crate) fn new(stream: S, wire: Arc<Wire>) -> Self {
-        Self { stream, frames: Frames::default(), wire, partial: false, exchange: None }
+        Self { stream, frames: Frames::default(), wire, partial: false, exchanging: false, exchange: None }
     }
 
-    fn begin_exchange(&mut self, ahead: Ahead) -> io::Result<()> {
+    fn begin_exchange(&mut self, ahead: Ahead, behind: &[u8]) -> io::Result<()> {
         if self.partial {
             // Only what nobody waits for (closing a statement) can be under way, and that much a socket always takes.
             return Err(io::Error::other("a message was interrupted"));
         }
-        let frames = &self.frames;
-        let (exchange, _) = &mut **self.exchange.get_or_insert_with(|| {
-            Box::new((Exchange::begin(frames.header, frames.filled, frames.left), Exchange::buffer()))
-        });
-        exchange.send(ahead)
+        let exchange = self.exchange.get_or_insert_default();
+        if !std::mem::replace(&mut self.exchanging, true) {
+            exchange.take_over(self.frames.header, self.frames.filled, self.frames.left);
+        }
+        exchange.send(ahead, behind)
     }
 }
 
 impl<S: AsyncWrite + Unpin> Observed<S> {
-    /// Writes what goes ahead.
-    fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if let Some(ahead) = self.wire.take_ahead() {
-            self.begin_exchange(ahead)?;
+    /// Takes this from the driver together with what goes ahead of it.
+    #[cold]
+    fn poll_write_behind(
+        &mut self,
+        cx: &mut Context<'_>,
+        ahead: Ahead,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.begin_exchange(ahead, buf)?;
+        match self.poll_unsent(cx) {
+            Poll::Ready(Err(e)) => Poll::Ready(Err(e)),
+            // What is left is sent before anything else is, or when the driver flushes, which it does.
+            Poll::Ready(Ok(())) | Poll::Pending => Poll::Ready(Ok(buf.len())),
         }
-        if let Some(exchange) = &mut self.exchange {
-            let (exchange, _) = &mut **exchange;
-            while !exchange.unsent().is_empty() {
-                let written = ready!(Pin::new(&mut self.stream).poll_write(cx, exchange.unsent()))?;
-                if written == 0 {
-                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-                }
-                exchange.sent(written);
-                self.wire.on_written(written);
+    }
+
+    #[cold]
+    fn poll_unsent(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(exchange) = &mut self.exchange else { return Poll::Ready(Ok(())) };
+        while !exchange.unsent().is_empty() {
+            let written = ready!(Pin::new(&mut self.stream).poll_write(cx, exchange.unsent()))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
+            exchange.sent(written);
+            self.wire.on_written(written);
         }
         Poll::Ready(Ok(()))
     }
@@ -452,9 +466,9 @@ impl<S: AsyncWrite + Unpin> Observed<S> {
 
 impl<S: AsyncRead + Unpin> Observed<S> {
     /// Reads while some of the answers are not the driver's. Pending or filled, or it is the end.
+    #[cold]
     fn poll_exchange(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         while let Some(exchange) = &mut self.exchange {
-            let (exchange, buffer) = &mut **exchange;
             let ready = exchange.ready();
             if !ready.is_empty() {
                 let take = ready.len().min(buf.remaining());
@@ -462,18 +476,19 @@ impl<S: AsyncRead + Unpin> Observed<S> {
                 return Poll::Ready(Ok(()));
             }
             if exchange.is_over() {
-                self.exchange = None;
+                self.exchanging = false;
                 break;
             }
-            let mut raw = ReadBuf::new(buffer);
-            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut raw))?;
-            if raw.filled().is_empty() {
+            let before = buf.filled().len();
+            ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+            let bytes = &buf.filled()[before..];
+            if bytes.is_empty() {
                 return Poll::Ready(Ok(()));
             }
-            // In this order: whoever waits for an answer of the driver's sees all that came before.
-            exchange.read(raw.filled());
+            exchange.read(bytes);
+            self.frames.feed(bytes, &self.wire);
             *lock(&self.wire.answered) = exchange.answered;
-            self.frames.feed(raw.filled(), &self.wire);
+            buf.set_filled(before);
         }
         self.poll_direct(cx, buf)
     }
@@ -496,15 +511,20 @@ impl<S> Drop for Observed<S> {
 impl<S: AsyncRead + Unpin> AsyncRead for Observed<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if this.exchange.is_some() { this.poll_exchange(cx, buf) } else { this.poll_direct(cx, buf) }
+        if this.exchanging { this.poll_exchange(cx, buf) } else { this.poll_direct(cx, buf) }
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Observed<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if this.exchange.is_some() || this.wire.has_ahead.load(Relaxed) {
-            ready!(this.poll_ahead(cx))?;
+        if this.exchanging {
+            ready!(this.poll_unsent(cx))?;
+        }
+        if this.wire.has_ahead.load(Relaxed) {
+            if let Some(ahead) = this.wire.take_ahead() {
+                return this.poll_write_behind(cx, ahead, buf);
+            }
         }
         let written = ready!(Pin::new(&mut this.stream).poll_write(cx, buf))?;
         this.partial = written < buf.len();
@@ -513,7 +533,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Observed<S> {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+        let this = self.get_mut();
+        if this.exchanging {
+            ready!(this.poll_unsent(cx))?;
+        }
+        Pin::new(&mut this.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

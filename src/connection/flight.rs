@@ -11,6 +11,7 @@ use postgres_types::{IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Row, Statement};
 
 use super::{Connection, Turn};
+use crate::connect::Ahead;
 use crate::error::{BatchCause, BatchPart, Error};
 use crate::record::{self, Misfit, Record};
 use crate::statements::is_copy;
@@ -41,6 +42,9 @@ impl BatchResult {
         self.affected
     }
 }
+
+/// Room for the parameters of most statements.
+const USUAL: usize = 64;
 
 /// A statement with its parameters, as they go over the wire.
 pub(crate) struct Request {
@@ -83,16 +87,35 @@ impl ToSql for Encoded<'_> {
 }
 
 /// Takes apart what [`record::encode`] has put together.
-fn fields(mut record: &[u8]) -> Vec<Encoded<'_>> {
-    let count = record.get_u16();
-    let field = |_| {
-        let length = usize::try_from(record.get_i32()).ok()?;
-        let (field, rest) = record.split_at(length);
-        record = rest;
-        Some(field)
-    };
-    (0..count).map(field).map(Encoded).collect()
+struct Fields<'a> {
+    left: usize,
+    record: &'a [u8],
 }
+
+impl<'a> Fields<'a> {
+    fn of(mut record: &'a [u8]) -> Self {
+        let left = record.get_u16().into();
+        Self { left, record }
+    }
+}
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = Encoded<'a>;
+
+    fn next(&mut self) -> Option<Encoded<'a>> {
+        self.left = self.left.checked_sub(1)?;
+        let Ok(length) = usize::try_from(self.record.get_i32()) else { return Some(Encoded(None)) };
+        let (field, rest) = self.record.split_at(length);
+        self.record = rest;
+        Some(Encoded(Some(field)))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.left, Some(self.left))
+    }
+}
+
+impl ExactSizeIterator for Fields<'_> {}
 
 /// Polls each once, in order, so that the driver sends them in one piece; then waits for all of them.
 async fn together<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
@@ -122,34 +145,43 @@ impl Connection {
         &self,
         statements: impl Iterator<Item = (&'s str, &'s (dyn Record + Send + Sync))> + Clone,
     ) -> Result<Vec<Request>, Error> {
-        let mut prepared = Vec::with_capacity(statements.size_hint().0);
-        let mut missing: Vec<(usize, &str)> = Vec::new();
-        for (index, (sql, _)) in statements.clone().enumerate() {
+        let mut requests = Vec::with_capacity(statements.size_hint().0);
+        let mut prepared = false;
+        for (index, (sql, record)) in statements.clone().enumerate() {
             if is_copy(sql) {
                 return Err(Error::config("a batch cannot run COPY: see copy_rows_in and copy_rows_out"));
             }
-            let statement = self.at_hand(sql);
-            if statement.is_none() && missing.iter().all(|(_, text)| *text != sql) {
-                missing.push((index, sql));
+            let mut statement = self.at_hand(sql);
+            if statement.is_none() && !std::mem::replace(&mut prepared, true) {
+                Box::pin(self.prepare_missing(statements.clone())).await?;
+                statement = self.at_hand(sql);
             }
-            prepared.push(statement);
-        }
-        if !missing.is_empty() {
-            self.prepare_all(&missing).await?;
-        }
-        let mut requests = Vec::with_capacity(prepared.len());
-        for (index, ((sql, record), statement)) in statements.zip(prepared).enumerate() {
-            let statement = match statement.or_else(|| self.at_hand(sql)) {
+            let statement = match statement {
                 Some(statement) => statement,
                 // The cache is smaller than the batch.
-                None => self.prepare(sql).await.map_err(|e| e.in_batch(BatchPart::statement(index)))?,
+                None => {
+                    Box::pin(self.prepare(sql)).await.map_err(|e| e.in_batch(BatchPart::statement(index)))?
+                }
             };
-            let mut parameters = BytesMut::new();
+            let mut parameters = BytesMut::with_capacity(USUAL);
             record::encode(statement.params(), &mut parameters, record)
                 .map_err(|misfit| misplaced(BatchPart::statement(index), statement.params(), misfit))?;
             requests.push(Request::new(statement, parameters));
         }
         Ok(requests)
+    }
+
+    async fn prepare_missing<'s>(
+        &self,
+        statements: impl Iterator<Item = (&'s str, &'s (dyn Record + Send + Sync))>,
+    ) -> Result<(), Error> {
+        let mut missing: Vec<(usize, &str)> = Vec::new();
+        for (index, (sql, _)) in statements.enumerate() {
+            if self.at_hand(sql).is_none() && missing.iter().all(|(_, text)| *text != sql) {
+                missing.push((index, sql));
+            }
+        }
+        self.prepare_all(&missing).await
     }
 
     async fn prepare_all(&self, texts: &[(usize, &str)]) -> Result<(), Error> {
@@ -174,9 +206,22 @@ impl Connection {
         }
     }
 
+    /// Has this SQL sent ahead of the first of them.
+    pub(crate) fn send_sql_ahead(&self, sql: &str) -> Result<(), Error> {
+        if !sql.is_empty() {
+            let mut ahead = Ahead::default();
+            ahead.query(sql).map_err(|_| Error::config("SQL with a zero byte"))?;
+            self.wire().send_ahead(ahead);
+        }
+        Ok(())
+    }
+
     /// Sends all of them at its first poll. Inside a transaction only, which the first that fails aborts.
     pub(crate) async fn fly(&self, turn: Turn<'_>, requests: &[Request]) -> Result<Vec<BatchResult>, Error> {
-        let answers = together(requests.iter().map(|request| self.answer(request))).await;
+        let answers = match requests {
+            [only] => vec![self.answer(only).await],
+            _ => together(requests.iter().map(|request| self.answer(request))).await,
+        };
         let mut results = Vec::with_capacity(answers.len());
         for (index, answer) in answers.into_iter().enumerate() {
             match answer {
@@ -193,7 +238,7 @@ impl Connection {
     }
 
     pub(super) async fn answer(&self, request: &Request) -> Result<BatchResult, tokio_postgres::Error> {
-        let parameters = fields(&request.parameters);
+        let parameters = Fields::of(&request.parameters);
         let mut stream = pin!(self.client.query_raw(&request.statement, parameters).await?);
         let mut rows = Vec::new();
         while let Some(row) = poll_fn(|cx| stream.as_mut().poll_next(cx)).await {

@@ -157,7 +157,7 @@ impl Connection {
 
     /// Takes a turn for requests of our own making: nobody else has one, or gets one before its end, and nothing that
     /// was sent before is still unanswered. Also returns what is pending, which those requests must begin with.
-    pub(super) async fn turn_alone(&self) -> Result<(Turn<'_>, String), Error> {
+    pub(crate) async fn turn_alone(&self) -> Result<(Turn<'_>, String), Error> {
         loop {
             let known = {
                 let mut flow = self.link.flow();
