@@ -104,7 +104,7 @@ impl<'a> Batch<'a> {
             Target::Transaction(connection) => {
                 let requests = connection.requests(pairs(statements)).await?;
                 let turn = connection.turn().await?;
-                connection.fly(turn, &requests).await
+                connection.fly(turn, "", &requests).await
             }
             Target::Session(session, options) => {
                 let options = options.as_ref().unwrap_or(&session.link.config().transactions);
@@ -132,8 +132,7 @@ async fn run_alone(
 ) -> Result<Vec<BatchResult>, Error> {
     let requests = tx.requests(pairs(statements)).await?;
     let (turn, pending) = tx.turn_alone().await?;
-    tx.send_sql_ahead(&pending)?;
-    let flight = tx.fly(turn, &requests);
+    let flight = tx.fly(turn, &pending, &requests);
     if options.deadline.is_some() { flight.await } else { tx.conclude(flight).await }
 }
 

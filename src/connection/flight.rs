@@ -206,18 +206,19 @@ impl Connection {
         }
     }
 
-    /// Has this SQL sent ahead of the first of them.
-    pub(crate) fn send_sql_ahead(&self, sql: &str) -> Result<(), Error> {
-        if !sql.is_empty() {
+    /// Sends all of them at its first poll. Inside a transaction only, which the first that fails aborts. If there is
+    /// SQL to go ahead of them, the turn must be [exclusive](Self::turn_alone).
+    pub(crate) async fn fly(
+        &self,
+        turn: Turn<'_>,
+        sql_ahead: &str,
+        requests: &[Request],
+    ) -> Result<Vec<BatchResult>, Error> {
+        if !sql_ahead.is_empty() {
             let mut ahead = Ahead::default();
-            ahead.query(sql).map_err(|_| Error::config("SQL with a zero byte"))?;
+            ahead.query(sql_ahead).map_err(|_| Error::config("SQL with a zero byte"))?;
             self.wire().send_ahead(ahead);
         }
-        Ok(())
-    }
-
-    /// Sends all of them at its first poll. Inside a transaction only, which the first that fails aborts.
-    pub(crate) async fn fly(&self, turn: Turn<'_>, requests: &[Request]) -> Result<Vec<BatchResult>, Error> {
         let answers = match requests {
             [only] => vec![self.answer(only).await],
             _ => together(requests.iter().map(|request| self.answer(request))).await,
