@@ -474,3 +474,38 @@ async fn a_transaction_that_has_its_session_with_it_gives_it_back_at_its_end() {
     let count: i64 = session.query_one("SELECT sum(n) FROM t", &[]).await.unwrap().get(0);
     assert_eq!(count, 1);
 }
+
+#[tokio::test]
+async fn a_first_statement_that_cannot_be_sent_does_not_take_begin_with_it() {
+    let db = Database::new().await;
+    db.run("CREATE TABLE t (a int)").await;
+    let mut session = db.single().acquire().await.unwrap();
+    let insert = "INSERT INTO t VALUES ($1)";
+    // Warm: BEGIN then goes ahead of the next request, and nothing has to be prepared.
+    session.transaction(async |tx| tx.execute(insert, &[&0]).await).await.unwrap();
+    for way in ["statement", "savepoint", "many", "batch", "nothing"] {
+        for commit in [false, true] {
+            let before = db.number("SELECT count(*) FROM t").await;
+            let result = session
+                .transaction(async |tx| {
+                    tx.execute(insert, &[&"one"]).await.unwrap_err();
+                    match way {
+                        "statement" => _ = tx.execute(insert, &[&1]).await?,
+                        "savepoint" => {
+                            tx.savepoint(async |sp| sp.execute(insert, &[&"two"]).await).await.unwrap_err();
+                            tx.savepoint(async |sp| sp.execute(insert, &[&1]).await).await?;
+                        }
+                        "many" => _ = tx.execute_many(insert, [(1,)]).await?,
+                        "batch" => _ = tx.batch().push(insert, (1,)).run().await?,
+                        _ => {}
+                    }
+                    if commit { Ok(()) } else { Err(Error::StreamOpen) }
+                })
+                .await;
+            assert_eq!(result.is_ok(), commit, "{way}: {result:?}");
+            let stored = db.number("SELECT count(*) FROM t").await - before;
+            assert_eq!(stored, i64::from(commit && way != "nothing"), "{way}, {commit}");
+            session.query_one("SELECT 1", &[]).await.unwrap();
+        }
+    }
+}

@@ -203,11 +203,16 @@ impl Wire {
         self.journal().fatal.clone()
     }
 
-    /// Sends this ahead of the driver's next request. Nothing may be under way, and that request must be made at once.
+    /// Sends this ahead of the driver's next request. Nothing may be under way, and nothing else wait for that.
     pub(crate) fn send_ahead(&self, ahead: Ahead) {
         *lock(&self.answered) = Answered::default();
         *lock(&self.ahead) = Some(ahead);
         self.has_ahead.store(true, SeqCst);
+    }
+
+    /// Whether something waits for the driver's next request.
+    pub(crate) fn has_ahead(&self) -> bool {
+        self.has_ahead.load(SeqCst)
     }
 
     fn take_ahead(&self) -> Option<Ahead> {

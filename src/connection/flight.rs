@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::future::poll_fn;
+use std::io;
 use std::pin::pin;
 use std::task::Poll;
 
@@ -206,6 +207,14 @@ impl Connection {
         }
     }
 
+    /// Has SQL sent ahead of the next request. Nothing may be under way.
+    pub(super) fn send_sql_ahead(&self, sql: &str) -> io::Result<()> {
+        let mut ahead = Ahead::default();
+        ahead.query(sql)?;
+        self.wire().send_ahead(ahead);
+        Ok(())
+    }
+
     /// Sends all of them at its first poll. Inside a transaction only, which the first that fails aborts. If there is
     /// SQL to go ahead of them, the turn must be [exclusive](Self::turn_alone).
     pub(crate) async fn fly(
@@ -215,9 +224,7 @@ impl Connection {
         requests: &[Request],
     ) -> Result<Vec<BatchResult>, Error> {
         if !sql_ahead.is_empty() {
-            let mut ahead = Ahead::default();
-            ahead.query(sql_ahead).map_err(|_| Error::config("SQL with a zero byte"))?;
-            self.wire().send_ahead(ahead);
+            self.send_sql_ahead(sql_ahead).map_err(|_| Error::config("SQL with a zero byte"))?;
         }
         let answers = match requests {
             [only] => vec![self.answer(only).await],
