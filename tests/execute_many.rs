@@ -229,8 +229,10 @@ async fn what_the_raw_client_has_under_way_is_waited_for() {
     let (db, sessions) = table().await;
     let mut session = sessions.acquire().await.unwrap();
     session.execute_many(INSERT, rows(1..=2)).await.unwrap();
+    let pid = session.process_id();
     let client = session.client().await.unwrap();
-    assert!(polls(client.batch_execute("SELECT pg_sleep(0.05); SELECT 1"), 1).await.is_none());
+    assert!(polls(client.batch_execute("SELECT pg_sleep(1); SELECT 1"), 1).await.is_none());
+    db.until_sleeping(pid).await;
     assert_eq!(within(session.execute_many(INSERT, rows(3..=100))).await.unwrap(), 98);
     assert_eq!(db.number(COUNT).await, 100);
 }
