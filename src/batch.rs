@@ -193,19 +193,25 @@ impl Session {
         rows: impl IntoIterator<Item = R>,
     ) -> Result<u64, Error> {
         let mut tx = self.begin().await?;
-        let touched = many_alone(&tx, sql, rows.into_iter()).await;
+        let touched = run_many(&tx, sql, rows.into_iter(), true).await;
         tx.end_with(touched).await
     }
 }
 
-async fn many_alone<R: Record>(
+/// All rows, in their windows; with the transaction's COMMIT behind the last of them, if it is to `conclude` it.
+async fn run_many<R: Record>(
     tx: &Transaction<'_>,
     sql: &str,
     rows: impl Iterator<Item = R>,
+    conclude: bool,
 ) -> Result<u64, Error> {
     let Some(mut many) = Many::new(tx, sql, rows).await? else { return Ok(0) };
     let touched = match many.all_but_last().await {
-        Ok((Some(last), touched)) => tx.conclude(tx.fly_window(last)).await.map(|last| touched + last),
+        Ok((Some(last), touched)) => {
+            let last = tx.fly_window(last);
+            let last = if conclude { tx.conclude(last).await } else { last.await };
+            last.map(|last| touched + last)
+        }
         Ok((None, touched)) => Ok(touched),
         Err(e) => Err(e),
     };
@@ -238,13 +244,7 @@ impl Transaction<'_> {
         sql: &str,
         rows: impl IntoIterator<Item = R>,
     ) -> Result<u64, Error> {
-        let Some(mut many) = Many::new(self, sql, rows.into_iter()).await? else { return Ok(0) };
-        let touched = match many.all_but_last().await {
-            Ok((Some(last), touched)) => self.fly_window(last).await.map(|last| touched + last),
-            Ok((None, touched)) => Ok(touched),
-            Err(e) => Err(e),
-        };
-        many.finish(touched)
+        run_many(self, sql, rows.into_iter(), false).await
     }
 }
 

@@ -14,8 +14,49 @@ pub mod server;
 pub mod work;
 
 use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use arguments::Plan;
+use contender::Contender;
+use report::Report;
+use section::{NAMES, Section};
+use server::Server;
+use work::Work;
 
 pub type Failure = Box<dyn Error + Send + Sync>;
+
+/// What both programs' `main` does.
+pub fn main(program: &str, run: impl Future<Output = Result<(), Failure>>) -> ExitCode {
+    let runtime = tokio::runtime::Runtime::new().map_err(Failure::from);
+    match runtime.and_then(|runtime| runtime.block_on(run)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{program}: {}", chain(e.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Measures everything that the program's arguments ask for. `note` goes behind the description.
+pub async fn measure(
+    directory: PathBuf,
+    title: &str,
+    note: &str,
+    contenders: &[Box<dyn Contender>],
+) -> Result<Report, Failure> {
+    let plan = Plan::from_arguments(&NAMES, std::env::args().skip(1))?;
+    let sections = Section::all(&plan);
+    let server = Server::find().await?;
+    let description = format!("{} {}{note}", server.describe().await?, plan.describe());
+    let mut report = Report::new(directory, title, &description)?;
+    let tpc_b = sections.iter().any(|section| section.work == Work::TpcB);
+    Work::create_tables(&server.client, plan.scale, tpc_b).await?;
+    for section in sections {
+        report.add(rounds::run(section, contenders, &server, &plan).await)?;
+    }
+    Ok(report)
+}
 
 /// An error with its causes: the drivers' errors alone say little more than "db error".
 pub fn chain(error: &(dyn Error + 'static)) -> String {

@@ -219,14 +219,8 @@ fn rows(tag: &[u8]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::wire::frame;
     use super::*;
-
-    fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
-        let mut frame = vec![tag];
-        frame.extend((body.len() as u32 + 4).to_be_bytes());
-        frame.extend(body);
-        frame
-    }
 
     fn ahead(query: bool, requests: u32) -> Ahead {
         Ahead { query, requests, bytes: BytesMut::new() }

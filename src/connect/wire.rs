@@ -550,16 +550,18 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Observed<S> {
     }
 }
 
+/// A message as the server sends it.
+#[cfg(test)]
+pub(super) fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
+    let mut frame = vec![tag];
+    frame.extend((body.len() as u32 + 4).to_be_bytes());
+    frame.extend(body);
+    frame
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
-        let mut frame = vec![tag];
-        frame.extend((body.len() as u32 + 4).to_be_bytes());
-        frame.extend(body);
-        frame
-    }
 
     fn session() -> Vec<u8> {
         [

@@ -182,16 +182,12 @@ impl Connection {
                 missing.push((index, sql));
             }
         }
-        self.prepare_all(&missing).await
-    }
-
-    async fn prepare_all(&self, texts: &[(usize, &str)]) -> Result<(), Error> {
         let mut turn = self.turn().await?;
         turn.set_preparing(true);
-        let prepared = together(texts.iter().map(|(_, sql)| self.client.prepare(sql))).await;
+        let prepared = together(missing.iter().map(|(_, sql)| self.client.prepare(sql))).await;
         turn.set_preparing(false);
         let mut failed = None;
-        for (&(index, sql), result) in texts.iter().zip(prepared) {
+        for (&(index, sql), result) in missing.iter().zip(prepared) {
             match result {
                 Ok(statement) => _ = self.keep(sql, statement),
                 Err(e) => failed = failed.or(Some((index, e))),

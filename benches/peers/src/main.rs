@@ -15,39 +15,19 @@ use contender::psql::Psql;
 use contender::python::Python;
 use contender::sea_orm::SeaOrm;
 use contender::sqlx::Sqlx;
-use kit::arguments::Plan;
+use kit::Failure;
 use kit::contender::{Contender, bare::TokioPostgres, deadpool::Deadpool, ours::PgSession};
-use kit::report::Report;
-use kit::section::{NAMES, Section};
-use kit::server::Server;
-use kit::work::Work;
-use kit::{Failure, chain, rounds};
 
 fn main() -> ExitCode {
-    let run = || tokio::runtime::Runtime::new()?.block_on(run());
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("peers: {}", chain(e.as_ref()));
-            ExitCode::FAILURE
-        }
-    }
+    kit::main("peers", run())
 }
 
 async fn run() -> Result<(), Failure> {
-    let plan = Plan::from_arguments(&NAMES, std::env::args().skip(1))?;
-    let sections = Section::all(&plan);
-    let server = Server::find().await?;
     let (contenders, absent) = contenders().await;
-    let description = format!("{} {}{absent}", server.describe().await?, plan.describe());
     let program = std::env::current_exe()?;
     let target = program.parent().and_then(Path::parent).ok_or("the program lies in no target directory")?;
-    let mut report = Report::new(target.join("bench/peers"), "pg-session beside its peers", &description)?;
-    let tpc_b = sections.iter().any(|section| section.work == Work::TpcB);
-    Work::create_tables(&server.client, plan.scale, tpc_b).await?;
-    for section in sections {
-        report.add(rounds::run(section, &contenders, &server, &plan).await)?;
-    }
+    let directory = target.join("bench/peers");
+    let mut report = kit::measure(directory, "pg-session beside its peers", &absent, &contenders).await?;
     let targets = targets::table(report.sections());
     println!("\n## Targets\n\n{targets}");
     report.text(&targets);
