@@ -46,7 +46,7 @@ impl Plan {
             warm_up: warm_up(time),
             rows: 2000,
             delayed_rows: 100,
-            tasks: vec![1, 256],
+            tasks: vec![256],
             ..Self::full()
         }
     }
@@ -54,7 +54,8 @@ impl Plan {
     /// Only to see that it works.
     fn test() -> Self {
         let time = Duration::from_millis(10);
-        let few = Self { rounds: 1, scale: 1, rows: 100, delayed_rows: 10, ..Self::short() };
+        let few =
+            Self { rounds: 1, scale: 1, rows: 100, delayed_rows: 10, tasks: vec![1, 256], ..Self::short() };
         Self { time, warm_up: warm_up(time), ..few }
     }
 

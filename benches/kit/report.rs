@@ -63,10 +63,14 @@ impl Report {
 
     /// Draws what goes over several sections, writes the page, and fails if anything has failed.
     pub fn finish(mut self) -> Result<(), Failure> {
-        let sweep: Vec<&Results> = self.sections.iter().filter(|r| r.section.name == "tasks").collect();
-        if sweep.len() > 1 {
+        for delayed in [false, true] {
+            let of =
+                |results: &&Results| (results.section.name, results.section.delayed) == ("tasks", delayed);
+            let sweep: Vec<&Results> = self.sections.iter().filter(of).collect();
+            let [first, _, ..] = sweep[..] else { continue };
+            let (distance, far) = (first.section.distance(), if delayed { "-delayed" } else { "" });
             for (title, slug, svg) in plot::sweep(&sweep)? {
-                self.draw(title, slug, &svg)?;
+                self.draw(&format!("{title}{distance}"), &format!("{slug}{far}"), &svg)?;
             }
         }
         let page = self.directory.join("index.html");

@@ -29,13 +29,13 @@ impl Section {
             section("insert", Work::Insert, 1),
             section("counter", Work::Counter, 32),
         ];
-        let both = near.into_iter().flat_map(|near| {
+        let tasks = plan.tasks.iter().map(|tasks| section("tasks", Work::Read, *tasks));
+        let fairness = section("fairness", Work::Read, 1000);
+        let both = near.into_iter().chain(tasks).chain([fairness]).flat_map(|near| {
             let far = Self { delayed: true, rows: plan.delayed_rows, ..near.clone() };
             [near, far]
         });
-        let tasks = plan.tasks.iter().map(|tasks| section("tasks", Work::Read, *tasks));
-        let fairness = section("fairness", Work::Read, 1000);
-        both.chain(tasks).chain([fairness]).filter(|section| plan.wants(section.name)).collect()
+        both.filter(|section| plan.wants(section.name)).collect()
     }
 
     pub fn title(&self) -> String {
@@ -49,8 +49,12 @@ impl Section {
             (_, Work::Counter) => "contended SERIALIZABLE counter".to_owned(),
         };
         let tasks = if self.tasks == 1 { "1 task".to_owned() } else { format!("{} tasks", self.tasks) };
-        let far = format!(", {} ms each way", DELAY.as_secs_f64() * 1e3);
-        format!("{work}, {tasks} on {CONNECTIONS} connections{}", if self.delayed { &far } else { "" })
+        format!("{work}, {tasks} on {CONNECTIONS} connections{}", self.distance())
+    }
+
+    /// Behind a title: how far away the server is.
+    pub fn distance(&self) -> String {
+        if self.delayed { format!(", {} ms each way", DELAY.as_secs_f64() * 1e3) } else { String::new() }
     }
 
     /// What a rate counts.
@@ -72,6 +76,7 @@ impl Section {
     /// A name for a file.
     pub fn slug(&self) -> String {
         let far = if self.delayed { "-delayed" } else { "" };
-        if self.name == "tasks" { format!("tasks-{}", self.tasks) } else { format!("{}{far}", self.name) }
+        let tasks = if self.name == "tasks" { format!("-{}", self.tasks) } else { String::new() };
+        format!("{}{tasks}{far}", self.name)
     }
 }
