@@ -39,7 +39,7 @@ impl Plan {
     }
 
     fn short() -> Self {
-        let time = Duration::from_millis(80);
+        let time = Duration::from_millis(50);
         Self {
             rounds: 3,
             time,
@@ -115,7 +115,7 @@ fn warm_up(time: Duration) -> Duration {
 fn usage(names: &[&str]) -> String {
     format!(
         "arguments: --only WORK[,WORK…], --rounds N (5), --seconds S (1, for each contender in each round), \
-         --short (3 rounds of 0.08 s, fewer rows), --test (to see that it works)\nwork: {}",
+         --short (3 rounds of 0.05 s, fewer rows and numbers of tasks), --test (to see that it works)\nwork: {}",
         names.join(", ")
     )
 }
