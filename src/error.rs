@@ -44,8 +44,8 @@ pub enum Error {
     #[error(transparent)]
     Batch(Box<BatchError>),
 
-    /// The connection is gone; a statement that was under way has no known result unless it was inside a
-    /// transaction, which is then rolled back.
+    /// The connection is gone. A transaction that was open is rolled back. A statement that was sent outside of one may
+    /// have taken effect: [`is_outcome_unknown`](Self::is_outcome_unknown) says so.
     #[error(transparent)]
     ConnectionLost(Box<ConnectionLost>),
 
@@ -55,6 +55,20 @@ pub enum Error {
     /// ROLLBACK and reports success.
     #[error("the transaction is aborted by an earlier error")]
     Aborted(#[source] Box<ServerError>),
+
+    /// A statement inside the transaction was dropped before it was answered, so nobody knows what it did, and the
+    /// transaction was rolled back. Inside a savepoint that holds until the savepoint is rolled back.
+    #[error("a statement of the transaction was dropped before it was answered; the transaction is rolled back")]
+    StatementAbandoned,
+
+    /// [`query_one`](crate::Connection::query_one) found no row.
+    #[error("the query returned no row where one was expected")]
+    NoRow,
+
+    /// [`query_one`](crate::Connection::query_one) or [`query_opt`](crate::Connection::query_opt) found more than one
+    /// row. The statement has run to its end.
+    #[error("the query returned more than one row")]
+    TooManyRows,
 
     /// SQL inside the transaction ended it or began another (`COMMIT`, `ROLLBACK`, `BEGIN`, `… AND CHAIN`), so what
     /// it did is not one unit of work. Whether it was committed is up to that SQL. The connection is closed.
@@ -89,10 +103,14 @@ pub enum Error {
         attempts: u32,
     },
 
-    /// A row stream or COPY is still open on this session, or `execute_many` is at work; finish or drop it before the
-    /// next statement. Likewise `execute_many` itself, which needs the session for itself, beside any statement.
-    #[error("a row stream, COPY or other statement is still open on this session; finish or drop it first")]
+    /// A row stream or COPY is still open on this session; read it to its end or drop it before the next statement.
+    #[error("a row stream or COPY is still open on this session; read it to its end or drop it first")]
     StreamOpen,
+
+    /// Something needs the session for itself (a row stream, COPY, `execute_many`) while another statement is under
+    /// way, or a statement was asked for while `execute_many` is at work. Wait for the other one first.
+    #[error("the session is busy with another statement; wait for it first")]
+    Busy,
 
     /// Another handle of this request's transaction is in a savepoint.
     #[error("another handle of this request's transaction is in a savepoint; nest them, or let it end first")]
@@ -121,7 +139,12 @@ impl Error {
     }
 
     pub(crate) fn lost(reason: &'static str, fatal: Option<Arc<ServerError>>) -> Self {
-        Self::ConnectionLost(Box::new(ConnectionLost { reason, fatal }))
+        Self::ConnectionLost(Box::new(ConnectionLost { reason, fatal, unanswered: false }))
+    }
+
+    /// As [`lost`](Self::lost), with a statement under way that may have taken effect.
+    pub(crate) fn unanswered(reason: &'static str, fatal: Option<Arc<ServerError>>) -> Self {
+        Self::ConnectionLost(Box::new(ConnectionLost { reason, fatal, unanswered: true }))
     }
 
     /// The SQLSTATE the server gave, whichever variant carries it.
@@ -249,6 +272,18 @@ impl Error {
         match self {
             Self::ConnectionLost(_) => true,
             Self::RetriesExhausted { source, .. } => source.is_connection_lost(),
+            _ => false,
+        }
+    }
+
+    /// Whether nobody knows if the work took effect: [`CommitUnknown`](Self::CommitUnknown), or a connection that was lost
+    /// while a statement outside a transaction was under way. Doing it again may do it twice.
+    #[must_use]
+    pub fn is_outcome_unknown(&self) -> bool {
+        match self {
+            Self::CommitUnknown(_) => true,
+            Self::ConnectionLost(e) => e.unanswered,
+            Self::RetriesExhausted { source, .. } => source.is_outcome_unknown(),
             _ => false,
         }
     }
@@ -507,6 +542,8 @@ impl std::error::Error for ServerError {}
 pub struct ConnectionLost {
     pub(crate) reason: &'static str,
     pub(crate) fatal: Option<Arc<ServerError>>,
+    /// A statement outside a transaction may have been carried out.
+    pub(crate) unanswered: bool,
 }
 
 impl ConnectionLost {
@@ -519,7 +556,11 @@ impl ConnectionLost {
 
 impl fmt::Display for ConnectionLost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the connection to the server is lost: {}", self.reason)
+        write!(f, "the connection to the server is lost: {}", self.reason)?;
+        if self.unanswered {
+            f.write_str("; whether the statement under way took effect is unknown")?;
+        }
+        Ok(())
     }
 }
 
