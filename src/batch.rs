@@ -78,8 +78,7 @@ impl<'a> Batch<'a> {
 
     /// Sends all of them, and returns their results in order. Without statements nothing is sent.
     ///
-    /// One round trip more if this connection has not yet prepared some of the texts, or has never seen this kind of
-    /// BEGIN. With a [deadline](TransactionOptions::deadline), COMMIT is sent when the statements are answered: one
+    /// One round trip more if this connection has not yet prepared some of the texts. With a [deadline](TransactionOptions::deadline), COMMIT is sent when the statements are answered: one
     /// round trip more as well, since a COMMIT under way cannot be given up.
     ///
     /// All results are in memory when this returns. It can be run again, and then does all of it again.
@@ -102,12 +101,11 @@ impl<'a> Batch<'a> {
         }
         match &mut self.target {
             Target::Transaction(connection) => {
-                let requests = connection.requests(pairs(statements)).await?;
-                let turn = connection.turn().await?;
-                connection.fly(turn, "", &requests).await
+                let (bound, _) = connection.bind(pairs(statements)).await?;
+                connection.run_group(&bound, false).await
             }
             Target::Session(session, options) => {
-                let options = options.as_ref().unwrap_or(&session.link.config().transactions);
+                let options = options.as_ref().unwrap_or(&session.shell.config().transactions);
                 session.run(options, async |tx| run_alone(tx, statements, options).await).await
             }
             Target::Manager(manager, options) => {
@@ -130,10 +128,14 @@ async fn run_alone(
     statements: &[Queued<'_>],
     options: &TransactionOptions,
 ) -> Result<Vec<BatchResult>, Error> {
-    let requests = tx.requests(pairs(statements)).await?;
-    let (turn, pending) = tx.turn_alone().await?;
-    let flight = tx.fly(turn, &pending, &requests);
-    if options.deadline.is_some() { flight.await } else { tx.conclude(flight).await }
+    let (bound, traits) = tx.bind(pairs(statements)).await?;
+    // A COMMIT that is under way cannot be given up; and SQL that controls transactions must be watched from statement
+    // to statement.
+    if options.deadline.is_some() || traits.controls {
+        tx.run_group(&bound, false).await
+    } else {
+        tx.commit_with(tx.run_group(&bound, true)).await
+    }
 }
 
 impl SessionManager {
@@ -206,16 +208,7 @@ async fn run_many<R: Record>(
     conclude: bool,
 ) -> Result<u64, Error> {
     let Some(mut many) = Many::new(tx, sql, rows).await? else { return Ok(0) };
-    let touched = match many.all_but_last().await {
-        Ok((Some(last), touched)) => {
-            let last = tx.fly_window(last);
-            let last = if conclude { tx.conclude(last).await } else { last.await };
-            last.map(|last| touched + last)
-        }
-        Ok((None, touched)) => Ok(touched),
-        Err(e) => Err(e),
-    };
-    many.finish(touched)
+    if conclude && many.may_commit() { tx.commit_with(many.run(true)).await } else { many.run(false).await }
 }
 
 impl Transaction<'_> {
@@ -227,8 +220,8 @@ impl Transaction<'_> {
     /// Runs one statement for many rows of parameters, inside this transaction; see [`Session::execute_many`]. Returns
     /// how many rows it touched in all.
     ///
-    /// Other statements of this transaction fail with [`Error::StreamOpen`] meanwhile; and so does this beside one that
-    /// is under way.
+    /// Other statements of this transaction fail with [`Error::Busy`] meanwhile; and so does this beside one that is under
+    /// way.
     ///
     /// # Errors
     ///

@@ -117,6 +117,7 @@ mod record;
 mod request;
 mod retry;
 mod session;
+mod sql;
 mod statements;
 mod status;
 mod transaction;
@@ -146,10 +147,10 @@ pub use record::{FieldWriter, Record};
 pub use request::{RequestTransactions, Tx};
 pub use retry::{RetryClass, RetryPolicy};
 pub use session::Session;
-pub use statements::{Source, ToStatement};
+pub use statements::{Source, Statement, ToStatement};
 pub use status::Status;
 pub use tokio_postgres;
-pub use tokio_postgres::{IsolationLevel, Row, Statement};
+pub use tokio_postgres::{IsolationLevel, Row};
 pub use transaction::Transaction;
 
 #[cfg(all(feature = "testing", unix))]

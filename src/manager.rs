@@ -272,7 +272,12 @@ impl SessionManager {
                     acquired => acquired?,
                 };
                 match run.on(&session, true, f.clone()).await {
-                    Step::Done(result) => return result,
+                    Step::Done(result) => {
+                        // It is back before they run: they may want one.
+                        drop(session);
+                        run.run_hooks(false).await;
+                        return result;
+                    }
                     Step::Release(delay) => {
                         drop(session);
                         sleep(delay).await;
@@ -297,7 +302,7 @@ impl SessionManager {
     ///
     /// As [`acquire`](Self::acquire); nothing is sent before the first statement.
     pub async fn begin(&self) -> Result<Transaction<'static>, Error> {
-        self.begin_with(&self.inner.config.transactions).await
+        self.begin_with(self.inner.config.transactions.clone()).await
     }
 
     /// As [`begin`](Self::begin), with options of its own. A retry policy and a deadline have no effect.
@@ -309,8 +314,8 @@ impl SessionManager {
     /// # Cancel safety
     ///
     /// As [`begin`](Self::begin).
-    pub async fn begin_with(&self, options: &TransactionOptions) -> Result<Transaction<'static>, Error> {
-        Transaction::begin_owned(self.acquire().await?, options)
+    pub async fn begin_with(&self, options: TransactionOptions) -> Result<Transaction<'static>, Error> {
+        Transaction::begin_owned(self.acquire().await?, &options)
     }
 
     /// Makes sure that the database can be reached: one round trip on a session.
@@ -324,10 +329,7 @@ impl SessionManager {
     /// Nothing is lost.
     pub async fn ping(&self) -> Result<(), Error> {
         let session = self.acquire().await?;
-        let turn = session.turn().await?;
-        let answer = session.client.check_connection().await;
-        turn.finish();
-        answer.map_err(|e| session.explain(e))
+        session.ping().await
     }
 
     /// The pool's numbers.

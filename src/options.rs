@@ -4,7 +4,6 @@ use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
 
-use postgres_protocol::escape::escape_literal;
 use tokio_postgres::IsolationLevel;
 
 use crate::error::Error;
@@ -92,7 +91,7 @@ impl TransactionOptions {
     }
 
     /// Sets a parameter for this transaction only, as `SET LOCAL` does; `app.tenant` and the like for row-level
-    /// security. The value is sent quoted. Applied again in every attempt.
+    /// security. The value is sent as a parameter, or quoted. Applied again in every attempt.
     ///
     /// The name is one or more identifiers of letters, digits and `_`, separated by dots; another makes the
     /// transaction fail with [`Error::Config`] before anything is sent. An unknown parameter or bad value makes the
@@ -147,40 +146,20 @@ impl TransactionOptions {
         Ok(())
     }
 
-    pub(crate) fn kind(&self) -> BeginKind {
-        let flag = |flag: Option<bool>| flag.map_or(0, |on| 1 + u8::from(on));
-        BeginKind(
-            self.isolation_level.map_or(0, level_number) * 9
-                + flag(self.read_only) * 3
-                + flag(self.deferrable),
-        )
+    /// BEGIN with its modes, and the local settings.
+    pub(crate) fn begin(&self) -> Cow<'static, str> {
+        let modes = [
+            self.isolation_level.map(level_clause),
+            self.read_only.map(|only| if only { " READ ONLY" } else { " READ WRITE" }),
+            self.deferrable.and_then(|deferrable| deferrable.then_some(" DEFERRABLE")),
+        ];
+        let modes = modes.into_iter().flatten().collect::<String>();
+        if modes.is_empty() { "BEGIN".into() } else { format!("BEGIN{modes}").into() }
     }
 
-    /// BEGIN with its modes, and the local settings.
-    pub(crate) fn begin_sql(&self) -> Cow<'static, str> {
-        if self.kind() == BeginKind(0) && self.local_settings.is_empty() {
-            return "BEGIN;".into();
-        }
-        let mut sql = String::from("BEGIN");
-        if let Some(level) = self.isolation_level {
-            sql.push_str(" ISOLATION LEVEL ");
-            sql.push_str(level_name(level));
-        }
-        match self.read_only {
-            Some(true) => sql.push_str(" READ ONLY"),
-            Some(false) => sql.push_str(" READ WRITE"),
-            None => {}
-        }
-        if let Some(true) = self.deferrable {
-            sql.push_str(" DEFERRABLE");
-        }
-        sql.push(';');
-        for (name, value) in &self.local_settings {
-            // A function, since SET has no way to pass a list such as search_path as one quoted value.
-            let (name, value) = (escape_literal(name), escape_literal(value));
-            sql.push_str(&format!("SELECT pg_catalog.set_config({name},{value},true);"));
-        }
-        sql.into()
+    /// The settings that are made for the transaction only.
+    pub(crate) fn local_settings(&self) -> &[(Cow<'static, str>, Cow<'static, str>)] {
+        &self.local_settings
     }
 
     pub(crate) fn level(&self) -> &'static str {
@@ -188,32 +167,18 @@ impl TransactionOptions {
     }
 }
 
-/// The number of a combination of isolation level, access mode and deferrability; below 64.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct BeginKind(pub(crate) u8);
-
-impl BeginKind {
-    pub(crate) fn bit(self) -> u64 {
-        1 << self.0
-    }
-}
-
 fn level_name(level: IsolationLevel) -> &'static str {
-    match level {
-        IsolationLevel::ReadUncommitted => "READ UNCOMMITTED",
-        IsolationLevel::RepeatableRead => "REPEATABLE READ",
-        IsolationLevel::Serializable => "SERIALIZABLE",
-        // The driver's enum may grow; PostgreSQL has these four.
-        _ => "READ COMMITTED",
-    }
+    // Behind the words that begin the clause.
+    &level_clause(level)[" ISOLATION LEVEL ".len()..]
 }
 
-fn level_number(level: IsolationLevel) -> u8 {
+fn level_clause(level: IsolationLevel) -> &'static str {
     match level {
-        IsolationLevel::ReadUncommitted => 1,
-        IsolationLevel::RepeatableRead => 2,
-        IsolationLevel::Serializable => 3,
-        _ => 4,
+        IsolationLevel::ReadUncommitted => " ISOLATION LEVEL READ UNCOMMITTED",
+        IsolationLevel::RepeatableRead => " ISOLATION LEVEL REPEATABLE READ",
+        IsolationLevel::Serializable => " ISOLATION LEVEL SERIALIZABLE",
+        // The driver's enum may grow; PostgreSQL has these four.
+        _ => " ISOLATION LEVEL READ COMMITTED",
     }
 }
 
@@ -238,41 +203,13 @@ mod tests {
 
     #[test]
     fn begin_says_what_was_chosen_and_nothing_else() {
-        assert_eq!(TransactionOptions::new().begin_sql(), "BEGIN;");
+        assert_eq!(TransactionOptions::new().begin(), "BEGIN");
+        assert_eq!(TransactionOptions::new().read_write().begin(), "BEGIN READ WRITE");
         assert_eq!(
-            TransactionOptions::serializable().read_only().deferrable().begin_sql(),
-            "BEGIN ISOLATION LEVEL SERIALIZABLE READ ONLY DEFERRABLE;"
+            TransactionOptions::serializable().read_only().deferrable().begin(),
+            "BEGIN ISOLATION LEVEL SERIALIZABLE READ ONLY DEFERRABLE"
         );
-        assert_eq!(
-            TransactionOptions::new().local_setting("app.tenant", r"O'Neil\").begin_sql(),
-            r"BEGIN;SELECT pg_catalog.set_config('app.tenant', E'O''Neil\\',true);"
-        );
-    }
-
-    #[test]
-    fn every_kind_of_begin_has_a_bit_of_its_own() {
-        let mut seen = std::collections::HashSet::new();
-        let levels = [
-            None,
-            Some(IsolationLevel::ReadUncommitted),
-            Some(IsolationLevel::ReadCommitted),
-            Some(IsolationLevel::RepeatableRead),
-            Some(IsolationLevel::Serializable),
-        ];
-        for isolation_level in levels {
-            for read_only in [None, Some(false), Some(true)] {
-                for deferrable in [None, Some(true)] {
-                    let options = TransactionOptions {
-                        isolation_level,
-                        read_only,
-                        deferrable,
-                        ..TransactionOptions::new()
-                    };
-                    let BeginKind(number) = options.kind();
-                    assert!(number < 64 && seen.insert(number), "{options:?}");
-                }
-            }
-        }
+        assert_eq!(TransactionOptions::repeatable_read().level(), "REPEATABLE READ");
     }
 
     #[test]

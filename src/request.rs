@@ -169,7 +169,7 @@ impl RequestTransaction {
         let sessions = &self.shared.sessions;
         let options = options.as_deref().unwrap_or(&sessions.config().transactions);
         let span = observe::transaction(options.name.as_deref(), options.level());
-        let transaction = sessions.begin_with(options).await?;
+        let transaction = sessions.begin_with(options.clone()).await?;
         let inner = Inner { transaction, span, rollback_only: false.into(), nested: false.into() };
         let inner = Arc::new(inner);
         let mut state = self.state();
@@ -347,7 +347,7 @@ impl Scope {
         let State::Begun(inner) = state else { return Ok(None) };
         Arc::try_unwrap(inner).map(Some).map_err(|kept| {
             const KEPT: &str = "a Tx outlived the handler of its request";
-            kept.transaction.link.cut(KEPT);
+            kept.transaction.shell.cut(KEPT);
             observe::transaction_ended(&kept.span, 1, Outcome::RolledBack);
             Error::config(
                 "a Tx outlived the handler of its request, in a task or a body: it was rolled back; \

@@ -84,7 +84,7 @@ impl Session {
         F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
         E: From<Error>,
     {
-        self.run(&self.connection().link.config().transactions, f).await
+        self.run(&self.connection().shell.config().transactions, f).await
     }
 
     /// As [`transaction`](Self::transaction), with options of its own.
@@ -111,10 +111,12 @@ impl Session {
     {
         let mut run = Run::new(options);
         let span = run.span();
-        match run.on(self.connection(), false, f).instrument(span).await {
+        let step = run.on(self.connection(), false, f).instrument(span).await;
+        run.run_hooks(true).await;
+        match step {
             Step::Done(result) => result,
             // Only a caller that may move is asked to.
-            Step::Release(_) => Err(self.connection().link.lost("the connection was given up").into()),
+            Step::Release(_) => Err(self.connection().shell.lost("the connection was given up").into()),
         }
     }
 
@@ -129,8 +131,8 @@ impl Session {
     ///
     /// Nothing is sent before the first statement.
     pub async fn begin(&mut self) -> Result<Transaction<'_>, Error> {
-        let options = self.connection().link.config_handle();
-        self.begin_with(&options.transactions).await
+        let options = self.connection().shell.config().transactions.clone();
+        self.begin_with(options).await
     }
 
     /// As [`begin`](Self::begin), with options of its own. A retry policy and a deadline have no effect.
@@ -142,10 +144,10 @@ impl Session {
     /// # Cancel safety
     ///
     /// As [`begin`](Self::begin).
-    pub async fn begin_with(&mut self, options: &TransactionOptions) -> Result<Transaction<'_>, Error> {
+    pub async fn begin_with(&mut self, options: TransactionOptions) -> Result<Transaction<'_>, Error> {
         let connection = self.connection();
-        connection.link.settled().await?;
-        Transaction::begin(connection, options)
+        connection.claim().await?;
+        Transaction::begin(connection, &options)
     }
 
     /// The driver's own client, for libraries that want it. Waits until nothing is under way on this session.

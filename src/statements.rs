@@ -1,9 +1,13 @@
 //! The prepared statements one connection keeps, and what may be passed where SQL is expected.
 
-use std::num::NonZeroUsize;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use lru::LruCache;
-use tokio_postgres::Statement;
+use postgres_types::Type;
+use tokio_postgres::Column;
+
+use crate::sql::{self, SqlStatement, Token};
 
 /// What the verbs take: SQL text, which is prepared once per connection and kept in its cache, or a [`Statement`] that
 /// was [prepared](crate::Connection::prepare) on this connection.
@@ -45,41 +49,98 @@ impl<T: ToStatement + ?Sized> ToStatement for &T {
     }
 }
 
-/// A cached statement, and whether running it leaves state behind in the session.
-#[derive(Clone, Debug)]
-pub(crate) struct Cached {
-    pub(crate) statement: Statement,
-    pub(crate) leaves_state: bool,
+/// A prepared statement, good on the connection that prepared it. Cheap to clone.
+#[derive(Clone)]
+pub struct Statement {
+    inner: tokio_postgres::Statement,
+    /// No other statement of this process has this number.
+    number: u64,
+    connection: u64,
+    traits: Traits,
+}
+
+impl Statement {
+    pub(crate) fn new(inner: tokio_postgres::Statement, connection: u64, traits: Traits) -> Self {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        Self { inner, number: NUMBER.fetch_add(1, Relaxed), connection, traits }
+    }
+
+    /// The types of its parameters.
+    #[must_use]
+    pub fn params(&self) -> &[Type] {
+        self.inner.params()
+    }
+
+    /// The columns of its rows.
+    #[must_use]
+    pub fn columns(&self) -> &[Column] {
+        self.inner.columns()
+    }
+
+    #[inline]
+    pub(crate) fn inner(&self) -> &tokio_postgres::Statement {
+        &self.inner
+    }
+
+    /// The number of the connection that prepared it.
+    pub(crate) fn connection(&self) -> u64 {
+        self.connection
+    }
+
+    #[inline]
+    pub(crate) fn traits(&self) -> Traits {
+        self.traits
+    }
+}
+
+impl fmt::Debug for Statement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Statement")
+            .field("params", &self.params())
+            .field("columns", &self.columns())
+            .finish_non_exhaustive()
+    }
 }
 
 /// The least recently used go first. The driver closes a statement on the server when its last clone is dropped, so an
 /// evicted one goes as soon as no row of its result is left.
 #[derive(Debug)]
 pub(crate) struct Statements {
-    cache: LruCache<Box<str>, Cached>,
+    cache: LruCache<Box<str>, Statement>,
+    capacity: usize,
 }
 
 impl Statements {
+    /// Room is made as it is needed, whatever the capacity.
     pub(crate) fn new(capacity: usize) -> Self {
-        Self { cache: LruCache::new(NonZeroUsize::new(capacity).unwrap_or(NonZeroUsize::MIN)) }
+        Self { cache: LruCache::unbounded(), capacity: capacity.max(1) }
     }
 
-    pub(crate) fn get(&mut self, sql: &str) -> Option<Cached> {
+    #[inline]
+    pub(crate) fn get(&mut self, sql: &str) -> Option<&Statement> {
         // The same text again and again, as in a loop: neither hashed nor moved to the front, where it is.
-        match self.cache.peek_mru() {
-            Some((text, cached)) if **text == *sql => Some(cached.clone()),
-            _ => self.cache.get(sql).cloned(),
+        if self.cache.peek_mru().is_some_and(|(text, _)| **text == *sql) {
+            return self.cache.peek_mru().map(|(_, statement)| statement);
         }
+        self.cache.get(sql)
     }
 
-    pub(crate) fn insert(&mut self, sql: &str, statement: Statement) -> Cached {
-        let cached = Cached { statement, leaves_state: leaves_state(sql) };
-        self.cache.put(sql.into(), cached.clone());
-        cached
+    /// Keeps a statement; returns what it takes the place of, which is closed on the server when it is dropped.
+    pub(crate) fn insert(&mut self, sql: &str, statement: Statement) -> Option<Statement> {
+        let before = self.cache.put(sql.into(), statement);
+        if self.cache.len() > self.capacity { self.cache.pop_lru().map(|(_, evicted)| evicted) } else { before }
     }
 
     pub(crate) fn remove(&mut self, sql: &str) {
         self.cache.pop(sql);
+    }
+
+    /// Removes a statement, whatever its text.
+    pub(crate) fn forget(&mut self, statement: &Statement) {
+        let text = self.cache.iter().find(|(_, other)| other.number == statement.number).map(|(text, _)| text.clone());
+        if let Some(text) = text {
+            self.cache.pop(&text);
+        }
     }
 
     pub(crate) fn clear(&mut self) {
@@ -91,66 +152,95 @@ impl Statements {
     }
 }
 
-/// Whether a statement can leave something in the session that outlives its transaction.
-///
-/// Looked at once, when the text is first prepared. Errs on the side of "yes": what it costs is one reset in the
-/// background. What it cannot see is a function that does such a thing inside.
-fn leaves_state(sql: &str) -> bool {
-    let sql = sql.to_ascii_lowercase();
-    let mut words = sql.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).filter(|w| !w.is_empty());
-    let rest = skip_comments(&sql);
-    let first = rest.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).find(|w| !w.is_empty());
-    let harmless = match first {
+/// What can be told of SQL from its text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Traits {
+    /// It can leave something in the session that outlives its transaction.
+    ///
+    /// Errs on the side of "yes": what it costs is one reset in the background. What it cannot see is a function that
+    /// does such a thing inside.
+    pub(crate) leaves_state: bool,
+    pub(crate) copy: bool,
+    /// It begins or ends transactions.
+    pub(crate) controls: bool,
+    /// It rolls back and chains: its tag is that of ROLLBACK TO.
+    pub(crate) chains: bool,
+}
+
+impl Traits {
+    /// Those of all the statements in a text.
+    pub(crate) fn of(sql: &str) -> Self {
+        let mut traits = Self::default();
+        for statement in sql::split(sql) {
+            traits.leaves_state |= leaves_state(&statement);
+            traits.copy |= first(&statement).is_some_and(|word| word.eq_ignore_ascii_case("copy"));
+            let roll_back = statement.word(0, "rollback") || statement.word(0, "abort");
+            let chain = statement.tokens.windows(2).any(|t| t[0].is("and") && t[1].is("chain"));
+            // The connection is to forget that it saw this, too.
+            traits.leaves_state |= roll_back && chain;
+            traits.chains |= roll_back && chain;
+            let to = statement.tokens.iter().any(|token| token.is("to"));
+            traits.controls |= roll_back && !to
+                || ["begin", "start", "commit", "end"].iter().any(|word| statement.word(0, word))
+                || statement.word(0, "prepare") && statement.word(1, "transaction");
+        }
+        traits
+    }
+}
+
+/// The first word, parentheses aside.
+fn first<'a>(statement: &SqlStatement<'a>) -> Option<&'a str> {
+    statement.tokens.iter().find_map(|token| match token {
+        Token::Word(word) => Some(*word),
+        _ => None,
+    })
+}
+
+fn leaves_state(statement: &SqlStatement<'_>) -> bool {
+    let harmless = match first(statement).map(str::to_ascii_lowercase).as_deref() {
         Some(
             "select" | "with" | "insert" | "update" | "delete" | "merge" | "values" | "table" | "explain"
             | "copy" | "show" | "fetch" | "move" | "close" | "notify" | "lock" | "truncate" | "analyze"
             | "begin" | "start" | "commit" | "end" | "rollback" | "abort" | "savepoint" | "release",
         )
         | None => true,
-        Some("set") => {
-            let second = rest.split_whitespace().nth(1);
-            matches!(second, Some("local" | "transaction" | "constraints"))
-        }
+        Some("set") => ["local", "transaction", "constraints"].iter().any(|word| statement.word(1, word)),
         Some(_) => false,
     };
     !harmless
-        || words.any(|word| {
-            matches!(
-                word,
-                "set_config"
-                    | "setseed"
-                    | "pg_temp"
-                    | "temp"
-                    | "temporary"
-                    | "nextval"
-                    | "setval"
-                    | "declare"
-            ) || word.contains("advisory_lock")
-                || word.contains("dblink")
+        || statement.tokens.iter().any(|token| match token {
+            // Quoted with escapes, a name can be spelt in any way.
+            Token::Quoted(name) => name.contains('\\') || reveals(name),
+            Token::Word(word) => reveals(word),
+            Token::Text(_) | Token::Symbol(_) => false,
         })
 }
 
-/// Whether the text begins with COPY.
-pub(crate) fn is_copy(sql: &str) -> bool {
-    skip_comments(sql).get(..4).is_some_and(|word| word.eq_ignore_ascii_case("copy"))
-}
-
-fn skip_comments(mut sql: &str) -> &str {
-    loop {
-        sql = sql.trim_start_matches(|c: char| c.is_whitespace() || c == '(' || c == ';');
-        if let Some(comment) = sql.strip_prefix("--") {
-            sql = comment.split_once('\n').map_or("", |(_, rest)| rest);
-        } else if let Some(comment) = sql.strip_prefix("/*") {
-            sql = comment.split_once("*/").map_or("", |(_, rest)| rest);
-        } else {
-            return sql;
-        }
-    }
+/// Whether a name is one of what leaves state behind: a function, or a view that sets what it shows.
+fn reveals(word: &str) -> bool {
+    let word = word.to_ascii_lowercase();
+    matches!(
+        &*word,
+        "set_config"
+            | "setseed"
+            | "pg_temp"
+            | "temp"
+            | "temporary"
+            | "nextval"
+            | "setval"
+            | "declare"
+            | "pg_settings"
+            // These run SQL that is in a string.
+            | "ts_stat"
+            | "ts_rewrite"
+    ) || word.starts_with("query_to_xml")
+        || word.contains("advisory_lock")
+        || word.contains("dblink")
 }
 
 #[cfg(test)]
 mod tests {
-    use super::leaves_state;
+    use super::*;
 
     #[test]
     fn what_outlives_a_transaction_is_seen() {
@@ -171,8 +261,13 @@ mod tests {
             "CALL p()",
             "LOAD 'x'",
             "SELECT nextval('s')",
+            "UPDATE pg_settings SET setting = 'a' WHERE name = 'search_path'",
+            "SELECT \"set_config\"('a.b', 'c', false)",
+            r#"SELECT U&"set\005fconfig"('a.b', 'c', false)"#,
+            "SELECT query_to_xml('select set_' || 'config(1)', true, true, '')",
+            "SELECT 1; SET a.b = 1",
         ] {
-            assert!(leaves_state(sql), "{sql}");
+            assert!(Traits::of(sql).leaves_state, "{sql}");
         }
     }
 
@@ -192,7 +287,27 @@ mod tests {
             "NOTIFY jobs",
             "",
         ] {
-            assert!(!leaves_state(sql), "{sql}");
+            assert!(!Traits::of(sql).leaves_state, "{sql}");
         }
+    }
+
+    #[test]
+    fn what_begins_or_ends_transactions_is_seen() {
+        for sql in ["COMMIT", "/* a /* b */ */ end", "SELECT 1; rollback", "begin", "START TRANSACTION", "abort and chain"] {
+            assert!(Traits::of(sql).controls, "{sql}");
+        }
+        for sql in ["ROLLBACK TO a", "SAVEPOINT a", "RELEASE a", "SELECT 'commit'", "-- commit\nSELECT 1"] {
+            assert!(!Traits::of(sql).controls, "{sql}");
+        }
+        assert!(Traits::of("rollback  work AND /**/ chain").chains);
+        assert!(!Traits::of("rollback and no chain").chains && !Traits::of("commit and chain").chains);
+    }
+
+    #[test]
+    fn copy_is_seen_behind_comments() {
+        for sql in ["copy t from stdin", " /* a /* nested */ comment */ COPY t TO STDOUT", "-- a\nCOPY (SELECT 1) TO STDOUT"] {
+            assert!(Traits::of(sql).copy, "{sql}");
+        }
+        assert!(!Traits::of("SELECT 'copy'").copy && !Traits::of("").copy);
     }
 }

@@ -181,7 +181,7 @@ async fn transactions_by_hand() {
         tx.commit().await
     });
     dropped_at_every_poll!(db, sessions, |s| async {
-        let tx = s.begin_with(&TransactionOptions::serializable()).await?;
+        let tx = s.begin_with(TransactionOptions::serializable()).await?;
         tx.execute("UPDATE t SET a = a + 1 WHERE id = 1", &[]).await?;
         tx.rollback().await;
         Ok::<_, Error>(())

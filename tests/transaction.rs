@@ -362,7 +362,7 @@ async fn a_transaction_by_hand_is_committed_rolled_back_or_dropped() {
     let tx = session.begin().await.unwrap();
     tx.execute("INSERT INTO t VALUES (1)", &[]).await.unwrap();
     tx.commit().await.unwrap();
-    let tx = session.begin_with(&TransactionOptions::repeatable_read()).await.unwrap();
+    let tx = session.begin_with(TransactionOptions::repeatable_read()).await.unwrap();
     tx.execute("INSERT INTO t VALUES (2)", &[]).await.unwrap();
     tx.rollback().await;
     let tx = session.begin().await.unwrap();

@@ -1,9 +1,13 @@
-//! How a connection is made, and how a running statement is cancelled over the same path.
+//! How a connection is made, the frames that pass on it, and how a running statement is cancelled over the same path.
 
-mod ahead;
 mod dial;
+mod flight;
+mod frames;
+mod ledger;
+mod stream;
 mod wire;
 
-pub(crate) use ahead::Ahead;
 pub(crate) use dial::{Route, dial};
-pub(crate) use wire::{Observed, TransactionStatus, Wire};
+pub(crate) use flight::{Kind, Rows, Step};
+pub(crate) use stream::Observed;
+pub(crate) use wire::{BlockFacts, Fault, TransactionStatus, Wire};

@@ -1,29 +1,26 @@
-//! The frames that pass on a connection: what the driver does not tell, read off the stream without a round trip.
+//! What was read off one connection: the facts that the driver does not tell, for everybody to look at.
 //!
-//! tokio-postgres keeps the transaction status of ReadyForQuery, the tag of CommandComplete and every error nobody
-//! waits for to itself. [`Observed`] passes bytes through untouched and reads the frames' tags and lengths on the way;
-//! only four kinds of frame are looked into. What is learnt is stored before the driver sees the bytes, so it is there
-//! when the driver's answer is. It also sends [ahead](super::ahead) what the driver cannot. (PostgreSQL manual,
-//! chapter 54.7 "Message Formats".)
+//! tokio-postgres keeps the transaction status of ReadyForQuery, the tag of CommandComplete and every error nobody waits
+//! for to itself. The [ledger](super::ledger) reads them off the stream, with no round trip, and writes them here before
+//! the driver sees the bytes; so they are here when the driver's answer is. The other way, a [`Flight`] waits here for
+//! the driver's next request.
 
-use std::io;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::atomic::{
     AtomicBool, AtomicI32, AtomicU8, AtomicU32, AtomicU64,
     Ordering::{Relaxed, SeqCst},
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio_postgres::error::SqlState;
 
-use super::ahead::{Ahead, Answered, Exchange};
+use super::flight::{self, Flight, Kind, Rows, Step};
 use crate::error::ServerError;
 
-/// Where the server says the session is, as of the last ReadyForQuery or BEGIN.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where the server says the session is, as of the last ReadyForQuery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum TransactionStatus {
     /// Not in a transaction block.
     Idle,
@@ -33,40 +30,116 @@ pub(crate) enum TransactionStatus {
     Failed,
 }
 
+/// A set of things that have happened to the transaction under way, or to the connection.
+pub(super) mod happened {
+    /// A transaction of ours is recorded.
+    pub(in super::super) const RECORDING: u32 = 1;
+    /// The server has confirmed its BEGIN.
+    pub(in super::super) const BEGUN: u32 = 1 << 1;
+    /// The server has confirmed its COMMIT as a commit.
+    pub(in super::super) const COMMITTED: u32 = 1 << 2;
+    /// The server has answered its COMMIT with ROLLBACK.
+    pub(in super::super) const COMMIT_ROLLED_BACK: u32 = 1 << 3;
+    /// The server has answered its COMMIT with an error.
+    pub(in super::super) const COMMIT_REFUSED: u32 = 1 << 4;
+    /// All of its COMMIT was handed to the socket.
+    pub(in super::super) const COMMIT_SENT: u32 = 1 << 5;
+    /// The server said good-bye before it came to the COMMIT.
+    pub(in super::super) const ENDED_BEFORE_COMMIT: u32 = 1 << 6;
+    /// SQL that is not ours has ended it, or begun another.
+    pub(in super::super) const ENDED_BY_SQL: u32 = 1 << 7;
+    /// Errors of the server are on record.
+    pub(in super::super) const ERRORS: u32 = 1 << 8;
+    /// SQL that rolls back *and chains* was prepared or run, whose tag is that of ROLLBACK TO.
+    pub(in super::super) const CHAINS: u32 = 1 << 9;
+    /// The server has sent a FATAL error, and ends the connection.
+    pub(in super::super) const FATAL: u32 = 1 << 10;
+    /// The connection is closed.
+    pub(in super::super) const CLOSED: u32 = 1 << 11;
+    /// The raw client is lent: what its COPY does is its own affair.
+    pub(in super::super) const RAW: u32 = 1 << 12;
+
+    /// All that stands before the COMMIT in its flight is answered.
+    pub(in super::super) const COMMIT_NEXT: u32 = 1 << 13;
+    /// A step of ours that went ahead of a statement was refused, and the statement was not run.
+    pub(in super::super) const LEAD_REFUSED: u32 = 1 << 14;
+
+    /// What belongs to one transaction.
+    pub(in super::super) const TRANSACTION: u32 = 0x1ff | COMMIT_NEXT | LEAD_REFUSED;
+}
+use happened::*;
+
+/// Why a transaction must not be committed.
+#[derive(Clone, Debug)]
+pub(crate) enum Fault {
+    /// The server refused a statement.
+    Server(Arc<ServerError>),
+    /// A statement was dropped before it was answered.
+    Abandoned,
+    /// Some rows of `execute_many` may have been stored, and others were never sent.
+    Halfway,
+}
+
+/// Everything that was read off the wire about one transaction.
+#[derive(Clone, Debug)]
+pub(crate) struct BlockFacts {
+    pub(crate) begun: bool,
+    pub(crate) commit_sent: bool,
+    pub(crate) committed: bool,
+    pub(crate) commit_rolled_back: bool,
+    pub(crate) commit_refused: bool,
+    pub(crate) ended_by_sql: bool,
+    pub(crate) ended_before_commit: bool,
+    /// The server has ended the connection, or it is closed.
+    pub(crate) over: bool,
+    pub(crate) status: TransactionStatus,
+    pub(crate) fault: Option<Fault>,
+    pub(crate) fatal: Option<Arc<ServerError>>,
+}
+
 /// What was read off one connection so far. Written by the task that drives the connection, read by everyone.
 #[derive(Debug, Default)]
 pub(crate) struct Wire {
     status: AtomicU8,
-    begins: AtomicU32,
-    commits: AtomicU32,
-    /// The last COMMIT found a transaction to commit.
-    committed_block: AtomicBool,
+    happened: AtomicU32,
+    /// How many requests of the driver's were handed to the socket, and how many of them the server has answered; both
+    /// without those that only close statements, which nobody waits for.
+    sent: AtomicU64,
+    answered: AtomicU64,
     discards: AtomicU32,
-    written: AtomicU64,
+    errors: AtomicU32,
     process_id: AtomicI32,
     secret_key: AtomicI32,
-    /// An error was read, and the ReadyForQuery that follows it was not.
-    erring: AtomicBool,
-    closed: AtomicBool,
-    recovered: Notify,
-    journal: Mutex<Journal>,
-    /// Whether something waits in `ahead`, which is looked at for every write.
-    has_ahead: AtomicBool,
-    ahead: Mutex<Option<Ahead>>,
-    answered: Mutex<Answered>,
+    /// Somebody waits for an answer to be complete.
+    watched: AtomicU32,
+    progress: Notify,
+    record: Mutex<Record>,
+    /// Whether something waits in `next`, which is looked at for every write.
+    has_next: AtomicBool,
+    next: Mutex<Flight>,
+    rows: Mutex<Rowed>,
 }
 
 /// The errors of the transaction under way, and the one that ended the connection.
 #[derive(Debug, Default)]
-struct Journal {
-    recording: bool,
-    errors: Vec<Arc<ServerError>>,
-    cured: Vec<Arc<ServerError>>,
+struct Record {
+    faults: Vec<Fault>,
+    forgiven: Vec<Arc<ServerError>>,
+    last: Option<Arc<ServerError>>,
     fatal: Option<Arc<ServerError>>,
 }
 
+/// What has come back so far of the rows that went ahead last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Rowed {
+    /// How many were run.
+    pub(crate) count: u32,
+    /// How many rows of the database they touched.
+    pub(crate) affected: u64,
+}
+
 /// Enough errors to name a cause; a transaction can fail in a loop of savepoints for as long as it likes.
-const JOURNAL_LIMIT: usize = 16;
+const RECORD_LIMIT: usize = 16;
 
 /// Nothing panics while one of these is held; a poisoned one is as good as any.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -74,6 +147,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Wire {
+    #[inline]
     pub(crate) fn status(&self) -> TransactionStatus {
         match self.status.load(Relaxed) {
             b'T' => TransactionStatus::Open,
@@ -82,30 +156,34 @@ impl Wire {
         }
     }
 
-    /// How many BEGIN or START TRANSACTION the server has confirmed. `PREPARE TRANSACTION` and the like end one.
-    pub(crate) fn begins(&self) -> u32 {
-        self.begins.load(Relaxed)
+    #[inline]
+    pub(super) fn has(&self, what: u32) -> bool {
+        self.happened.load(Relaxed) & what != 0
     }
 
-    /// How many COMMITs the server has confirmed *as commits*.
-    pub(crate) fn commits(&self) -> u32 {
-        self.commits.load(Relaxed)
+    pub(super) fn happen(&self, what: u32) {
+        self.happened.fetch_or(what, SeqCst);
     }
 
-    /// Whether the last of them was answered inside a transaction block. Outside of one it does nothing and says the
-    /// same, with a warning.
-    pub(crate) fn committed_block(&self) -> bool {
-        self.committed_block.load(Relaxed)
+    pub(super) fn undo(&self, what: u32) {
+        self.happened.fetch_and(!what, SeqCst);
+    }
+
+    /// How many requests were handed to the socket.
+    #[inline]
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent.load(SeqCst)
+    }
+
+    /// How many of them were answered: their ReadyForQuery was read.
+    #[inline]
+    pub(crate) fn answered(&self) -> u64 {
+        self.answered.load(SeqCst)
     }
 
     /// How many times all prepared statements were dropped (`DISCARD ALL`, `DEALLOCATE ALL`).
     pub(crate) fn discards(&self) -> u32 {
         self.discards.load(Relaxed)
-    }
-
-    /// How many bytes were handed to the socket.
-    pub(crate) fn written(&self) -> u64 {
-        self.written.load(Relaxed)
     }
 
     pub(crate) fn process_id(&self) -> i32 {
@@ -116,180 +194,431 @@ impl Wire {
         self.secret_key.load(Relaxed)
     }
 
-    /// Whether the server has reported an error, and reads over what it is sent until it is told that this is the end.
-    pub(crate) fn is_erring(&self) -> bool {
-        self.erring.load(SeqCst)
+    /// The FATAL error with which the server ended the connection.
+    pub(crate) fn fatal(&self) -> Option<Arc<ServerError>> {
+        if self.has(FATAL) { lock(&self.record).fatal.clone() } else { None }
     }
 
-    /// Waits until the status is that after the last error. The driver answers a request with its error before it has
-    /// read the ReadyForQuery behind it, which says how the session stands; that is on its way already.
-    pub(crate) async fn recovered(&self) {
-        while self.erring.load(SeqCst) && !self.closed.load(SeqCst) {
-            let mut recovered = pin!(self.recovered.notified());
-            recovered.as_mut().enable();
-            if self.erring.load(SeqCst) && !self.closed.load(SeqCst) {
-                recovered.await;
+    /// How many errors the server has sent.
+    pub(crate) fn errors(&self) -> u32 {
+        self.errors.load(Relaxed)
+    }
+
+    /// The last error, if there was one since there were so many.
+    pub(crate) fn error_since(&self, errors: u32) -> Option<Arc<ServerError>> {
+        if self.errors() == errors { None } else { lock(&self.record).last.clone() }
+    }
+
+    /// Whether the connection is over: the server said so, or it is closed.
+    #[inline]
+    pub(crate) fn is_over(&self) -> bool {
+        self.has(FATAL | CLOSED)
+    }
+
+    /// Whether the stream is closed, and with it the socket.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.has(CLOSED)
+    }
+
+    /// Whether SQL that is not ours has ended the transaction under way, or begun another.
+    #[inline]
+    pub(crate) fn is_ended_by_sql(&self) -> bool {
+        self.has(ENDED_BY_SQL)
+    }
+
+    /// Whether the server has confirmed the COMMIT of the transaction under way.
+    pub(crate) fn is_committed(&self) -> bool {
+        self.has(COMMITTED)
+    }
+
+    /// Whether it has refused a step of ours that went ahead of a statement.
+    pub(crate) fn is_lead_refused(&self) -> bool {
+        self.has(LEAD_REFUSED)
+    }
+
+    /// Whether it has answered that with an error.
+    pub(crate) fn is_commit_refused(&self) -> bool {
+        self.has(COMMIT_REFUSED)
+    }
+
+    /// Waits until the request with this number is answered, or nothing is owed, or the connection is over. The driver
+    /// hands out an error before it has read the ReadyForQuery behind it, which says how the session stands.
+    pub(crate) async fn until_answered(&self, request: u64) {
+        let done = || {
+            let answered = self.answered();
+            answered >= request || answered >= self.sent() || self.is_over()
+        };
+        if done() {
+            return;
+        }
+        self.watched.fetch_add(1, SeqCst);
+        let _watching = Watching(self);
+        loop {
+            let mut progress = pin!(self.progress.notified());
+            progress.as_mut().enable();
+            if done() {
+                return;
             }
+            progress.await;
         }
     }
 
-    /// Only the task that drives the connection writes, so no other addition can be lost.
+    /// Waits until everything ahead of a COMMIT that travels with it is answered, and then for as long as COMMIT may take.
+    pub(crate) async fn until_commit_is_next(&self, limit: Duration) {
+        self.watched.fetch_add(1, SeqCst);
+        let watching = Watching(self);
+        loop {
+            let mut progress = pin!(self.progress.notified());
+            progress.as_mut().enable();
+            if self.has(COMMIT_NEXT) {
+                break;
+            }
+            progress.await;
+        }
+        drop(watching);
+        tokio::time::sleep(limit).await;
+    }
+
+    /// COMMIT is what the server answers next.
+    pub(super) fn on_commit_next(&self) {
+        self.happen(COMMIT_NEXT);
+        if self.watched.load(SeqCst) > 0 {
+            self.progress.notify_waiters();
+        }
+    }
+
+}
+
+/// Somebody waits, until this is dropped.
+struct Watching<'a>(&'a Wire);
+
+impl Drop for Watching<'_> {
+    fn drop(&mut self) {
+        self.0.watched.fetch_sub(1, SeqCst);
+    }
+}
+
+/// What waits for the driver's next request.
+impl Wire {
+    fn add(&self, add: impl FnOnce(&mut Flight)) {
+        let mut next = lock(&self.next);
+        add(&mut next);
+        self.has_next.store(!next.is_empty(), SeqCst);
+    }
+
+    /// Has a step of ours travel with the next request.
+    pub(crate) fn lead(&self, step: Step) {
+        self.add(|next| next.lead.push(step));
+    }
+
+    /// Takes back the step that was given last, if it is this one and has not been sent.
+    pub(crate) fn retract(&self, step: &Step) -> bool {
+        let mut retracted = false;
+        self.add(|next| {
+            retracted = next.lead.last() == Some(step);
+            if retracted {
+                next.lead.pop();
+            }
+        });
+        retracted
+    }
+
+    /// Takes back everything that has not been sent. Whether BEGIN was among it.
+    pub(crate) fn take_back(&self) -> bool {
+        if !self.has_next() {
+            return false;
+        }
+        let mut begin = false;
+        self.add(|next| {
+            begin = next.lead.iter().any(|step| matches!(step, Step::Begin(_)));
+            next.clear();
+        });
+        begin
+    }
+
+    /// Whether BEGIN of the transaction under way still waits for a request to travel with.
+    pub(crate) fn holds_begin(&self) -> bool {
+        self.has_next() && lock(&self.next).lead.iter().any(|step| matches!(step, Step::Begin(_)))
+    }
+
     #[inline]
-    fn on_written(&self, bytes: usize) {
-        self.written.store(self.written.load(Relaxed) + bytes as u64, Relaxed);
+    pub(super) fn has_next(&self) -> bool {
+        self.has_next.load(SeqCst)
     }
 
-    fn on_closed(&self) {
-        self.closed.store(true, SeqCst);
-        self.recovered.notify_waiters();
+    /// The next request is a simple query: what waits is the beginning of its text.
+    pub(crate) fn lead_in_text(&self) -> String {
+        let mut sql = String::new();
+        if self.has_next() {
+            self.add(|next| {
+                next.kind = Kind::Text;
+                sql = flight::text(&next.lead);
+            });
+        }
+        sql
     }
 
-    fn journal(&self) -> MutexGuard<'_, Journal> {
-        lock(&self.journal)
+    /// The next request is a simple query that ends the transaction: what waits goes into its text.
+    pub(crate) fn end_in_text(&self, end: Step) -> String {
+        let mut sql = String::new();
+        self.add(|next| {
+            next.kind = Kind::Text;
+            next.commit = end == Step::Commit;
+            next.lead.push(end);
+            sql = flight::text(&next.lead);
+        });
+        // The server would read an empty query behind the last semicolon.
+        sql.pop();
+        sql
     }
 
+    /// The next `requests` of the driver's go under one Sync, with COMMIT behind them if asked for.
+    pub(crate) fn group(&self, requests: u32, commit: bool) {
+        self.add(|next| (next.requests, next.commit) = (requests, commit));
+    }
+
+    /// These rows go ahead of the next request, under its Sync, with COMMIT behind it if asked for.
+    pub(crate) fn rows_ahead(&self, rows: Rows, commit: bool) {
+        *lock(&self.rows) = Rowed::default();
+        self.add(|next| {
+            (next.rows, next.row_count, next.requests, next.commit) = (rows.bytes, rows.count, 1, commit);
+        });
+    }
+
+    /// How far the server has come with the rows that went ahead.
+    pub(crate) fn rowed(&self) -> Rowed {
+        *lock(&self.rows)
+    }
+
+    /// How the next request is to be understood.
+    pub(crate) fn expect(&self, kind: Kind) {
+        self.add(|next| next.kind = kind);
+    }
+
+    pub(super) fn waits_for_text(&self) -> bool {
+        lock(&self.next).kind == Kind::Text
+    }
+
+    /// Hands over what waits.
+    pub(super) fn take_next<T>(&self, take: impl FnOnce(&mut Flight) -> T) -> T {
+        let mut next = lock(&self.next);
+        let taken = take(&mut next);
+        next.clear();
+        self.has_next.store(false, SeqCst);
+        taken
+    }
+}
+
+/// The record of a transaction.
+impl Wire {
     /// Starts a new transaction's record.
     pub(crate) fn record(&self) {
-        let mut journal = self.journal();
-        journal.recording = true;
-        journal.errors.clear();
-        journal.cured.clear();
+        let mut record = lock(&self.record);
+        record.faults.clear();
+        record.forgiven.clear();
+        let kept = self.happened.load(SeqCst) & !TRANSACTION;
+        self.happened.store(kept | RECORDING, SeqCst);
     }
 
     /// Ends the record.
     pub(crate) fn stop_recording(&self) {
-        self.journal().recording = false;
+        self.undo(TRANSACTION);
+        let mut record = lock(&self.record);
+        record.faults.clear();
+        record.forgiven.clear();
     }
 
-    /// Adds an error of ours to the record: the transaction must not be committed.
-    pub(crate) fn note(&self, error: ServerError) {
-        let mut journal = self.journal();
-        if journal.recording && journal.errors.len() < JOURNAL_LIMIT {
-            journal.errors.push(Arc::new(error));
-        }
-    }
-
-    /// How many errors the transaction has seen and not yet rolled back to before.
-    pub(crate) fn mark(&self) -> usize {
-        self.journal().errors.len()
-    }
-
-    /// Forgets the errors since `mark`: ROLLBACK TO SAVEPOINT undid what they broke. Serialization failures and
-    /// deadlocks stay on a list of their own, since they come back after it (40001) or may be what the closure fails
-    /// with in the end.
-    pub(crate) fn cure(&self, mark: usize) {
-        let mut journal = self.journal();
-        let from = mark.min(journal.errors.len());
-        let cured = journal.errors.split_off(from);
-        for e in cured.into_iter().filter(|e| e.code.code().starts_with("40")) {
-            if journal.cured.len() < JOURNAL_LIMIT {
-                journal.cured.push(e);
+    /// Puts a fault of our own on record: the transaction must not be committed.
+    pub(crate) fn note(&self, fault: Fault) {
+        if self.has(RECORDING) {
+            let mut record = lock(&self.record);
+            if record.faults.len() < RECORD_LIMIT {
+                record.faults.push(fault);
             }
         }
     }
 
-    /// The error that broke the transaction since `mark`: the first, and never 25P02, which is only its symptom.
-    pub(crate) fn first_error(&self, mark: usize) -> Option<Arc<ServerError>> {
-        self.journal().errors.get(mark).cloned()
+    /// SQL that rolls back and chains is about to be used.
+    pub(crate) fn note_chain(&self) {
+        self.happen(CHAINS);
+    }
+
+    /// The raw client is lent, or no longer.
+    pub(crate) fn set_raw(&self, raw: bool) {
+        if raw {
+            self.happen(RAW);
+        } else {
+            self.undo(RAW);
+        }
+    }
+
+    /// The session that used such SQL is over.
+    pub(crate) fn forget_chains(&self) {
+        self.undo(CHAINS);
+    }
+
+    /// How many faults the transaction has and has not rolled back to before.
+    pub(crate) fn mark(&self) -> usize {
+        lock(&self.record).faults.len()
+    }
+
+    /// Forgets the faults since `mark`: ROLLBACK TO SAVEPOINT undid what they broke. Serialization failures and deadlocks
+    /// stay on a list of their own, since they come back after it (40001), or may be what the closure fails with in the
+    /// end.
+    pub(crate) fn forgive(&self, mark: usize) {
+        let mut record = lock(&self.record);
+        let from = mark.min(record.faults.len());
+        let faults = record.faults.split_off(from);
+        record.remember(faults);
+    }
+
+    /// What broke the transaction since `mark`: the first, and never 25P02, which is only its symptom.
+    pub(crate) fn fault(&self, mark: usize) -> Option<Fault> {
+        lock(&self.record).faults.get(mark).cloned()
     }
 
     /// A serialization failure or deadlock that a savepoint was rolled back for.
-    pub(crate) fn cured_error(&self) -> Option<Arc<ServerError>> {
-        self.journal().cured.first().cloned()
+    pub(crate) fn forgiven(&self) -> Option<Arc<ServerError>> {
+        lock(&self.record).forgiven.first().cloned()
     }
 
-    /// The FATAL error with which the server closed the connection.
-    pub(crate) fn fatal(&self) -> Option<Arc<ServerError>> {
-        self.journal().fatal.clone()
+    /// All that is known of the transaction under way.
+    pub(crate) fn facts(&self) -> BlockFacts {
+        let happened = self.happened.load(SeqCst);
+        let has = |what: u32| happened & what != 0;
+        let record = lock(&self.record);
+        BlockFacts {
+            begun: has(BEGUN),
+            commit_sent: has(COMMIT_SENT),
+            committed: has(COMMITTED),
+            commit_rolled_back: has(COMMIT_ROLLED_BACK),
+            commit_refused: has(COMMIT_REFUSED),
+            ended_by_sql: has(ENDED_BY_SQL),
+            ended_before_commit: has(ENDED_BEFORE_COMMIT),
+            over: has(FATAL | CLOSED),
+            status: self.status(),
+            fault: record.faults.first().cloned(),
+            fatal: record.fatal.clone(),
+        }
     }
+}
 
-    /// Sends this ahead of the driver's next request. Nothing may be under way, and nothing else wait for that.
-    pub(crate) fn send_ahead(&self, ahead: Ahead) {
-        *lock(&self.answered) = Answered::default();
-        *lock(&self.ahead) = Some(ahead);
-        self.has_ahead.store(true, SeqCst);
+impl Record {
+    fn remember(&mut self, faults: Vec<Fault>) {
+        for fault in faults {
+            if let Fault::Server(e) = fault {
+                if e.code.code().starts_with("40") && self.forgiven.len() < RECORD_LIMIT {
+                    self.forgiven.push(e);
+                }
+            }
+        }
     }
+}
 
-    /// Whether something waits for the driver's next request.
-    pub(crate) fn has_ahead(&self) -> bool {
-        self.has_ahead.load(SeqCst)
-    }
-
-    fn take_ahead(&self) -> Option<Ahead> {
-        self.has_ahead.swap(false, SeqCst).then(|| lock(&self.ahead).take())?
-    }
-
-    /// How far the server has come with what was sent ahead.
-    pub(crate) fn answered(&self) -> Answered {
-        *lock(&self.answered)
-    }
-
-    /// Whether there is one. No ReadyForQuery follows it, so the record need seldom be looked into.
-    pub(crate) fn is_ended(&self) -> bool {
-        self.is_erring() && self.fatal().is_some()
+/// What the ledger writes.
+impl Wire {
+    /// Only the task that drives the connection counts, so no other addition can be lost.
+    #[inline]
+    pub(super) fn on_sent(&self, requests: u64) {
+        self.sent.store(self.sent.load(Relaxed) + requests, SeqCst);
     }
 
     #[inline]
-    fn on_status(&self, body: &[u8]) {
-        self.status.store(body.first().copied().unwrap_or(b'I'), Relaxed);
-        if self.erring.load(Relaxed) {
-            self.erring.store(false, SeqCst);
-            self.recovered.notify_waiters();
+    pub(super) fn on_answered(&self, requests: u64) {
+        self.answered.store(self.answered.load(Relaxed) + requests, SeqCst);
+        if self.watched.load(SeqCst) > 0 {
+            self.progress.notify_waiters();
         }
     }
 
-    /// Whether a command's tag, with its closing zero, may be one that is counted; told by its length, since most are
-    /// not.
+    /// A ReadyForQuery, before it is counted as an answer. `rolled_back` if a ROLLBACK of SQL's own was answered in front
+    /// of it.
     #[inline]
-    fn counts(tag: &[u8]) -> bool {
-        matches!(tag.len(), 6 | 7 | 12 | 15 | 18 | 20)
+    pub(super) fn on_status(&self, status: u8, rolled_back: bool) {
+        self.status.store(status, Relaxed);
+        let happened = self.happened.load(Relaxed);
+        if happened & (BEGUN | ERRORS) != 0 {
+            self.on_block_status(status, rolled_back, happened);
+        }
     }
 
-    fn on_frame(&self, tag: u8, body: &[u8]) {
-        match tag {
-            b'Z' => self.on_status(body),
-            b'C' => {
-                let counter = match body.split_last().map_or(body, |(_, tag)| tag) {
-                    b"BEGIN" | b"START TRANSACTION" => {
-                        // COMMIT may follow before the next ReadyForQuery does.
-                        self.status.store(b'T', Relaxed);
-                        &self.begins
-                    }
-                    b"COMMIT" | b"PREPARE TRANSACTION" => {
-                        self.committed_block.store(self.status() != TransactionStatus::Idle, Relaxed);
-                        &self.commits
-                    }
-                    b"DISCARD ALL" | b"DEALLOCATE ALL" => &self.discards,
-                    _ => return,
-                };
-                counter.fetch_add(1, Relaxed);
+    fn on_block_status(&self, status: u8, rolled_back: bool, happened: u32) {
+        match status {
+            // Outside of a block, and it was not our own COMMIT or ROLLBACK.
+            b'I' if happened & BEGUN != 0 => self.happen(ENDED_BY_SQL),
+            b'T' if rolled_back && happened & (CHAINS | BEGUN) == CHAINS | BEGUN => {
+                self.happen(ENDED_BY_SQL);
             }
-            b'K' => {
-                if let Some((pid, rest)) = body.split_first_chunk() {
-                    self.process_id.store(i32::from_be_bytes(*pid), Relaxed);
-                    if let Some((key, _)) = rest.split_first_chunk() {
-                        self.secret_key.store(i32::from_be_bytes(*key), Relaxed);
-                    }
-                }
+            // The block is good, so whatever failed in it was rolled back to before.
+            b'T' if happened & ERRORS != 0 => {
+                self.undo(ERRORS);
+                let mut record = lock(&self.record);
+                let (server, ours) =
+                    record.faults.drain(..).partition(|fault| matches!(fault, Fault::Server(_)));
+                record.faults = ours;
+                record.remember(server);
             }
-            b'E' => self.on_error(body),
             _ => {}
         }
     }
 
-    fn on_error(&self, body: &[u8]) {
+    /// The answer to a command that is not ours.
+    pub(super) fn on_command(&self, tag: &[u8]) {
+        match tag {
+            b"BEGIN" | b"START TRANSACTION" | b"COMMIT" | b"PREPARE TRANSACTION" => {
+                if self.has(BEGUN) {
+                    self.happen(ENDED_BY_SQL);
+                }
+            }
+            b"DISCARD ALL" | b"DEALLOCATE ALL" => _ = self.discards.fetch_add(1, Relaxed),
+            _ => {}
+        }
+    }
+
+    pub(super) fn on_rows(&self, affected: u64) {
+        let mut rows = lock(&self.rows);
+        rows.count += 1;
+        rows.affected += affected;
+    }
+
+    pub(super) fn on_key(&self, body: &[u8]) {
+        if let Some((pid, rest)) = body.split_first_chunk() {
+            self.process_id.store(i32::from_be_bytes(*pid), Relaxed);
+            if let Some((key, _)) = rest.split_first_chunk() {
+                self.secret_key.store(i32::from_be_bytes(*key), Relaxed);
+            }
+        }
+    }
+
+    /// An error; whether it ends the connection.
+    pub(super) fn on_error(&self, body: &[u8]) -> bool {
         let error = Arc::new(parse_error(body));
-        self.erring.store(true, SeqCst);
-        let mut journal = self.journal();
-        if error.fatal {
-            journal.fatal.get_or_insert_with(|| Arc::clone(&error));
+        let fatal = error.fatal;
+        self.errors.fetch_add(1, Relaxed);
+        let mut record = lock(&self.record);
+        record.last = Some(Arc::clone(&error));
+        if fatal {
+            record.fatal.get_or_insert_with(|| Arc::clone(&error));
         }
-        if journal.recording
+        if self.has(RECORDING)
             && error.code != SqlState::IN_FAILED_SQL_TRANSACTION
-            && journal.errors.len() < JOURNAL_LIMIT
+            && record.faults.len() < RECORD_LIMIT
         {
-            journal.errors.push(error);
+            record.faults.push(Fault::Server(error));
+            self.happen(ERRORS);
         }
+        drop(record);
+        if fatal {
+            // No ReadyForQuery follows it.
+            self.happen(FATAL);
+            self.progress.notify_waiters();
+        }
+        fatal
+    }
+
+    pub(super) fn on_closed(&self) {
+        self.happen(CLOSED);
+        self.progress.notify_waiters();
     }
 }
 
@@ -321,349 +650,91 @@ fn parse_error(mut body: &[u8]) -> ServerError {
     error
 }
 
-/// Splits what the server sends into frames: a tag, a length that counts itself, and a body.
-#[derive(Debug, Default)]
-struct Frames {
-    header: [u8; 5],
-    filled: usize,
-    /// Bytes of the current body still to come.
-    left: usize,
-    body: Vec<u8>,
-}
-
-/// Error bodies can quote whole queries; more than this of one is not needed.
-const BODY_LIMIT: usize = 64 * 1024;
-
-impl Frames {
-    #[inline]
-    fn kept(tag: u8) -> bool {
-        matches!(tag, b'Z' | b'C' | b'E' | b'K')
-    }
-
-    #[inline]
-    fn feed(&mut self, mut bytes: &[u8], wire: &Wire) {
-        loop {
-            if self.filled == 0 {
-                bytes = Self::whole(bytes, wire);
-            }
-            if bytes.is_empty() {
-                return;
-            }
-            bytes = self.part(bytes, wire);
-        }
-    }
-
-    /// The common case: reads the frames that are here as a whole, and returns what is left.
-    #[inline]
-    fn whole<'b>(mut bytes: &'b [u8], wire: &Wire) -> &'b [u8] {
-        while let Some(&[tag, a, b, c, d]) = bytes.first_chunk() {
-            let end = (u32::from_be_bytes([a, b, c, d]) as usize).saturating_add(1);
-            let Some(body) = bytes.get(5..end) else { break };
-            match tag {
-                b'Z' => wire.on_status(body),
-                b'C' if !Wire::counts(body) => {}
-                _ if Self::kept(tag) => wire.on_frame(tag, body),
-                _ => {}
-            }
-            bytes = &bytes[end..];
-        }
-        bytes
-    }
-
-    /// Reads what is here of one frame, and returns what is behind it.
-    fn part<'b>(&mut self, mut bytes: &'b [u8], wire: &Wire) -> &'b [u8] {
-        if self.filled < 5 {
-            let (header, rest) = bytes.split_at(bytes.len().min(5 - self.filled));
-            self.header[self.filled..self.filled + header.len()].copy_from_slice(header);
-            self.filled += header.len();
-            bytes = rest;
-            if self.filled < 5 {
-                return bytes;
-            }
-            self.left = body_length(&self.header);
-            self.body.clear();
-        }
-        let (body, rest) = bytes.split_at(bytes.len().min(self.left));
-        let kept = Self::kept(self.header[0]);
-        if kept {
-            let room = BODY_LIMIT.saturating_sub(self.body.len());
-            self.body.extend_from_slice(&body[..body.len().min(room)]);
-        }
-        self.left -= body.len();
-        if self.left == 0 {
-            if kept {
-                wire.on_frame(self.header[0], &self.body);
-            }
-            self.filled = 0;
-        }
-        rest
-    }
-}
-
-#[inline]
-fn body_length(&[_, a, b, c, d]: &[u8; 5]) -> usize {
-    u32::from_be_bytes([a, b, c, d]).saturating_sub(4) as usize
-}
-
-/// A stream that tells a [`Wire`] what passes, and sends ahead what is given to it.
-#[derive(Debug)]
-pub(crate) struct Observed<S> {
-    stream: S,
-    frames: Frames,
-    wire: Arc<Wire>,
-    /// The driver's last write was taken in part, so its next bytes may begin in the middle of a message.
-    partial: bool,
-    /// Some of the answers are not the driver's.
-    exchanging: bool,
-    /// Kept once there was one.
-    exchange: Option<Box<Exchange>>,
-}
-
-impl<S> Observed<S> {
-    pub(crate) fn new(stream: S, wire: Arc<Wire>) -> Self {
-        Self { stream, frames: Frames::default(), wire, partial: false, exchanging: false, exchange: None }
-    }
-
-    fn begin_exchange(&mut self, ahead: Ahead, behind: &[u8]) -> io::Result<()> {
-        if self.partial {
-            // Only what nobody waits for (closing a statement) can be under way, and that much a socket always takes.
-            return Err(io::Error::other("a message was interrupted"));
-        }
-        let exchange = self.exchange.get_or_insert_default();
-        if !std::mem::replace(&mut self.exchanging, true) {
-            exchange.take_over(self.frames.header, self.frames.filled, self.frames.left);
-        }
-        exchange.send(ahead, behind)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> Observed<S> {
-    /// Takes this from the driver together with what goes ahead of it.
-    #[cold]
-    fn poll_write_behind(
-        &mut self,
-        cx: &mut Context<'_>,
-        ahead: Ahead,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.begin_exchange(ahead, buf)?;
-        match self.poll_unsent(cx) {
-            Poll::Ready(Err(e)) => Poll::Ready(Err(e)),
-            // What is left is sent before anything else is, or when the driver flushes, which it does.
-            Poll::Ready(Ok(())) | Poll::Pending => Poll::Ready(Ok(buf.len())),
-        }
-    }
-
-    #[cold]
-    fn poll_unsent(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Some(exchange) = &mut self.exchange else { return Poll::Ready(Ok(())) };
-        while !exchange.unsent().is_empty() {
-            let written = ready!(Pin::new(&mut self.stream).poll_write(cx, exchange.unsent()))?;
-            if written == 0 {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-            }
-            exchange.sent(written);
-            self.wire.on_written(written);
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<S: AsyncRead + Unpin> Observed<S> {
-    /// Reads while some of the answers are not the driver's. Pending or filled, or it is the end.
-    #[cold]
-    fn poll_exchange(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        while let Some(exchange) = &mut self.exchange {
-            let ready = exchange.ready();
-            if !ready.is_empty() {
-                let take = ready.len().min(buf.remaining());
-                buf.put_slice(&ready.split_to(take));
-                return Poll::Ready(Ok(()));
-            }
-            if exchange.is_over() {
-                self.exchanging = false;
-                break;
-            }
-            let before = buf.filled().len();
-            ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
-            let bytes = &buf.filled()[before..];
-            if bytes.is_empty() {
-                return Poll::Ready(Ok(()));
-            }
-            exchange.read(bytes);
-            self.frames.feed(bytes, &self.wire);
-            *lock(&self.wire.answered) = exchange.answered;
-            buf.set_filled(before);
-        }
-        self.poll_direct(cx, buf)
-    }
-
-    #[inline]
-    fn poll_direct(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
-        self.frames.feed(&buf.filled()[before..], &self.wire);
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<S> Drop for Observed<S> {
-    fn drop(&mut self) {
-        self.wire.on_closed();
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Observed<S> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        if this.exchanging { this.poll_exchange(cx, buf) } else { this.poll_direct(cx, buf) }
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Observed<S> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        if this.exchanging {
-            ready!(this.poll_unsent(cx))?;
-        }
-        if this.wire.has_ahead.load(Relaxed) {
-            if let Some(ahead) = this.wire.take_ahead() {
-                return this.poll_write_behind(cx, ahead, buf);
-            }
-        }
-        let written = ready!(Pin::new(&mut this.stream).poll_write(cx, buf))?;
-        this.partial = written < buf.len();
-        this.wire.on_written(written);
-        Poll::Ready(Ok(written))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        if this.exchanging {
-            ready!(this.poll_unsent(cx))?;
-        }
-        Pin::new(&mut this.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
-    }
-}
-
-/// A message as the server sends it.
-#[cfg(test)]
-pub(super) fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
-    let mut frame = vec![tag];
-    frame.extend((body.len() as u32 + 4).to_be_bytes());
-    frame.extend(body);
-    frame
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn session() -> Vec<u8> {
-        [
-            frame(b'K', &[0, 0, 0, 7, 0, 0, 0, 9]),
-            frame(b'Z', b"I"),
-            frame(b'C', b"BEGIN\0"),
-            frame(b'Z', b"T"),
-            frame(b'D', &[b'Z'; 300]),
-            frame(b'1', b""),
-            frame(b'E', b"SFEHLER\0VERROR\0C23505\0Mduplicate\0ncustomers_pkey\0\0"),
-            frame(b'E', b"SFEHLER\0VERROR\0C25P02\0Maborted\0\0"),
-            frame(b'Z', b"E"),
-            frame(b'C', b"ROLLBACK\0"),
-            frame(b'Z', b"I"),
-            frame(b'C', b"COMMIT\0"),
-            frame(b'n', b""),
-            frame(b'E', b"SFATAL\0VFATAL\0C57P01\0Mterminating\0\0"),
-        ]
-        .concat()
+    const UNIQUE: &[u8] = b"SFEHLER\0VERROR\0C23505\0Mduplicate\0ncustomers_pkey\0\0";
+
+    #[test]
+    fn the_first_error_is_kept_and_its_symptom_is_not() {
+        let wire = Wire::default();
+        wire.record();
+        assert!(!wire.on_error(UNIQUE));
+        assert!(!wire.on_error(b"SFEHLER\0VERROR\0C25P02\0Maborted\0\0"));
+        assert_eq!(wire.mark(), 1);
+        let Some(Fault::Server(first)) = wire.fault(0) else { panic!("an error") };
+        assert_eq!((first.code().code(), first.constraint()), ("23505", Some("customers_pkey")));
+        assert!(wire.on_error(b"SFATAL\0VFATAL\0C57P01\0Mterminating\0\0"));
+        assert_eq!(wire.fatal().map(|e| e.code().code().to_owned()).as_deref(), Some("57P01"));
+        wire.stop_recording();
+        assert!(wire.fault(0).is_none() && wire.is_over());
     }
 
     #[test]
-    fn any_split_of_the_bytes_is_read_alike() {
-        let bytes = session();
-        for step in (1..40).chain([bytes.len()]) {
+    fn what_a_savepoint_undoes_is_forgiven_and_serialization_failures_are_remembered() {
+        let wire = Wire::default();
+        wire.record();
+        wire.on_error(UNIQUE);
+        let mark = wire.mark();
+        wire.on_error(b"VERROR\0C40001\0Mb\0\0");
+        wire.note(Fault::Abandoned);
+        wire.forgive(mark);
+        assert_eq!(wire.mark(), 1);
+        assert_eq!(wire.forgiven().expect("kept").code().code(), "40001");
+        wire.record();
+        assert!(wire.mark() == 0 && wire.forgiven().is_none());
+    }
+
+    #[test]
+    fn a_block_that_is_good_again_was_rolled_back_to_before_its_errors() {
+        let wire = Wire::default();
+        wire.record();
+        wire.happen(BEGUN);
+        wire.on_error(UNIQUE);
+        wire.note(Fault::Abandoned);
+        wire.on_status(b'E', false);
+        assert_eq!(wire.mark(), 2);
+        wire.on_status(b'T', true);
+        assert!(matches!(wire.fault(0), Some(Fault::Abandoned)), "what is not the server's stays");
+        assert!(!wire.is_ended_by_sql());
+    }
+
+    #[test]
+    fn a_block_that_ends_by_itself_is_noticed() {
+        for (tag, status, chains, ended) in [
+            (&b""[..], b'I', false, true),
+            (b"COMMIT", b'T', false, true),
+            (b"BEGIN", b'T', false, true),
+            (b"START TRANSACTION", b'T', false, true),
+            (b"PREPARE TRANSACTION", b'I', false, true),
+            (b"SAVEPOINT", b'T', false, false),
+            (b"ROLLBACK", b'T', false, false),
+            (b"ROLLBACK", b'T', true, true),
+            (b"ROLLBACK", b'I', false, true),
+        ] {
             let wire = Wire::default();
             wire.record();
-            let mut frames = Frames::default();
-            for chunk in bytes.chunks(step) {
-                frames.feed(chunk, &wire);
+            wire.happen(BEGUN);
+            if chains {
+                wire.note_chain();
             }
-            assert_eq!(wire.status(), TransactionStatus::Idle, "step {step}");
-            assert_eq!((wire.begins(), wire.commits()), (1, 1), "step {step}");
-            assert_eq!((wire.process_id(), wire.secret_key()), (7, 9), "step {step}");
-            let first = wire.first_error(0).expect("recorded");
-            assert_eq!(first.code(), &SqlState::UNIQUE_VIOLATION, "step {step}");
-            assert_eq!(first.constraint(), Some("customers_pkey"), "step {step}");
-            assert_eq!(wire.fatal().expect("fatal").code().code(), "57P01", "step {step}");
-            assert_eq!(wire.mark(), 2, "25P02 is not counted; step {step}");
+            wire.on_command(tag);
+            wire.on_status(status, tag == b"ROLLBACK");
+            assert_eq!(wire.is_ended_by_sql(), ended, "{tag:?} {status} {chains}");
         }
     }
 
     #[test]
-    fn the_status_follows_the_last_ready_for_query() {
+    fn what_waits_is_taken_back_or_put_into_text() {
         let wire = Wire::default();
-        let mut frames = Frames::default();
-        for (byte, status) in [
-            (b'T', TransactionStatus::Open),
-            (b'E', TransactionStatus::Failed),
-            (b'I', TransactionStatus::Idle),
-        ] {
-            frames.feed(&frame(b'Z', &[byte]), &wire);
-            assert_eq!(wire.status(), status);
-        }
-    }
-
-    #[test]
-    fn after_an_error_the_status_is_waited_for() {
-        let wire = Arc::new(Wire::default());
-        let mut frames = Frames::default();
-        let mut waiting = pin!(wire.recovered());
-        let mut poll = || waiting.as_mut().poll(&mut Context::from_waker(std::task::Waker::noop()));
-        frames.feed(&frame(b'E', b"VERROR\0C22012\0Ma\0\0"), &wire);
-        assert!(poll().is_pending());
-        frames.feed(&frame(b'C', b"SELECT 1\0"), &wire);
-        assert!(poll().is_pending());
-        frames.feed(&frame(b'Z', b"E"), &wire);
-        assert!(poll().is_ready());
-        assert_eq!(wire.status(), TransactionStatus::Failed);
-        // Nor for ever, if the server closes the connection instead.
-        frames.feed(&frame(b'E', b"VFATAL\0C57P01\0Ma\0\0"), &wire);
-        let mut waiting = pin!(wire.recovered());
-        let mut poll = || waiting.as_mut().poll(&mut Context::from_waker(std::task::Waker::noop()));
-        assert!(poll().is_pending());
-        drop(Observed::new((), Arc::clone(&wire)));
-        assert!(poll().is_ready());
-    }
-
-    #[test]
-    fn a_cure_keeps_serialization_failures_in_mind() {
-        let wire = Wire::default();
-        wire.record();
-        wire.on_frame(b'E', b"VERROR\0C23505\0Ma\0\0");
-        let mark = wire.mark();
-        wire.on_frame(b'E', b"VERROR\0C40001\0Mb\0\0");
-        wire.on_frame(b'E', b"VERROR\0C22012\0Mc\0\0");
-        wire.cure(mark);
-        assert_eq!(wire.mark(), 1);
-        assert_eq!(wire.cured_error().expect("kept").code().code(), "40001");
-        wire.record();
-        assert_eq!(wire.mark(), 0);
-        assert!(wire.cured_error().is_none());
-    }
-
-    #[test]
-    fn lengths_no_server_sends_do_no_harm() {
-        let wire = Wire::default();
-        let mut frames = Frames::default();
-        frames.feed(&[b'E', 0, 0, 0, 0, b'Z', 0, 0, 0, 1, b'Z', 0, 0, 0, 5, b'T'], &wire);
-        assert_eq!(wire.status(), TransactionStatus::Open);
-        frames.feed(&[b'E', 0xff, 0xff, 0xff, 0xff], &wire);
-        frames.feed(&vec![1; 1 << 20], &wire);
-        assert!(frames.body.len() <= BODY_LIMIT);
+        assert!(!wire.take_back());
+        wire.lead(Step::Begin("BEGIN".into()));
+        wire.lead(Step::Savepoint(1));
+        assert!(wire.holds_begin() && !wire.retract(&Step::Savepoint(2)) && wire.retract(&Step::Savepoint(1)));
+        assert_eq!(wire.lead_in_text(), "BEGIN;");
+        assert!(wire.take_back() && !wire.holds_begin());
+        wire.lead(Step::RollBackTo(3));
+        assert_eq!(wire.end_in_text(Step::Commit), "ROLLBACK TO \"pgs_3\";COMMIT");
     }
 }

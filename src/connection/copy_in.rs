@@ -8,11 +8,13 @@ use std::task::{Context, Poll};
 use bytes::{BufMut, BytesMut};
 use futures_core::Stream;
 use postgres_types::Type;
-use tokio_postgres::{Column, Statement};
+use tokio_postgres::Column;
 
-use super::Connection;
+use super::connection::Connection;
+use super::core::Use;
 use crate::error::{CopyCause, Error};
 use crate::record::{self, Misfit, Record};
+use crate::statements::Statement;
 
 /// Manual, COPY, "Binary Format": the signature, no flags, no header extension.
 const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
@@ -190,7 +192,7 @@ impl<'a> CopyRowsIn<'a> {
                 let full = std::mem::replace(&mut chunk, BytesMut::with_capacity(CHUNK + SLACK));
                 copy.send(full.freeze()).await?;
                 self.tell(sent);
-                refused = connection.wire().is_erring();
+                refused = copy.is_refused();
                 if refused {
                     break; // the server only reads over the rest
                 }
@@ -303,15 +305,14 @@ impl Connection {
     /// Never from the cache: nobody would notice that a column has another type by now, and values of a type of the
     /// same length would be stored as what they are not.
     pub(super) async fn describe(&self, sql: &str) -> Result<Statement, Error> {
-        let mut turn = self.turn().await?;
-        turn.set_preparing(true);
-        let result = self.client.prepare(sql).await;
-        turn.set_preparing(false);
-        if result.is_err() {
-            self.wire().recovered().await;
+        let mut request = self.request(Use::Shared).await?;
+        match self.prepare_unkept(&mut request, sql).await {
+            Ok(statement) => {
+                request.finish();
+                Ok(statement)
+            }
+            Err(failure) => Err(request.failed(failure).await),
         }
-        turn.finish();
-        result.map_err(|e| self.explain(e))
     }
 }
 

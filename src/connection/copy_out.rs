@@ -8,11 +8,13 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use futures_core::Stream;
 use postgres_types::{FromSql, WrongType};
-use tokio_postgres::{Column, Statement};
+use tokio_postgres::Column;
 
 use super::copy_in::TRAILER;
-use super::{Connection, CopyOut};
+use super::connection::Connection;
+use super::stream::CopyOut;
 use crate::error::{CopyCause, Error};
+use crate::statements::Statement;
 
 /// Manual, COPY, "Binary Format": the signature, then the flags, then how long the rest of the header is.
 const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";

@@ -16,13 +16,13 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::link::Link;
-use super::{Connection, reset};
+use super::connection::Connection;
+use super::reset;
+use super::shell::Shell;
 use crate::config::SessionConfig;
 use crate::connect::dial;
 use crate::error::{ConnectCause, ConnectError, DriverError};
 use crate::retry::jitter;
-use crate::statements::Statements;
 
 /// How long an idle connection may take to show a sign of life.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -184,16 +184,15 @@ async fn connect(config: Arc<SessionConfig>, register: Arc<Register>) -> Result<
         Ok(Err(e)) => return Err(failed(ConnectCause::Driver(DriverError(e)))),
         Err(_) => return Err(failed(ConnectCause::TimedOut(config.connect_timeout))),
     };
-    let link = Arc::new(Link::new(dialled.wire, Arc::clone(&config), dialled.route, driver, runtime));
+    let shell = Arc::new(Shell::new(dialled.wire, Arc::clone(&config), dialled.route, driver, runtime));
     let now = Instant::now();
     Ok(Connection {
         client,
-        statements: Mutex::new(Statements::new(config.statement_cache_capacity)),
         watches_client,
         expires: config.max_lifetime.map(|life| now + life - jitter(life / 10)),
         idle_since: now,
-        registration: register.add(&link),
-        link,
+        registration: register.add(&shell),
+        shell,
     })
 }
 
@@ -229,7 +228,7 @@ impl Manager for ConnectionManager {
 
 impl Connection {
     fn is_usable(&self) -> bool {
-        self.link.flow().broken.is_none() && !self.client.is_closed() && !self.wire().is_ended()
+        self.shell.core().lost().is_none() && !self.client.is_closed() && !self.wire().is_over()
     }
 
     pub(crate) fn is_expired(&self, now: Instant) -> bool {
@@ -257,19 +256,19 @@ impl Drop for Counted<'_> {
 /// Every open connection of a pool, lent or not: what closing has to wait for, and may have to cut.
 #[derive(Debug, Default)]
 pub(crate) struct Register {
-    open: Mutex<HashMap<u64, Arc<Link>>>,
+    open: Mutex<HashMap<u64, Arc<Shell>>>,
     next: AtomicU64,
     emptied: Notify,
 }
 
 impl Register {
-    fn open(&self) -> MutexGuard<'_, HashMap<u64, Arc<Link>>> {
+    fn open(&self) -> MutexGuard<'_, HashMap<u64, Arc<Shell>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(self: &Arc<Self>, link: &Arc<Link>) -> Registration {
+    fn add(self: &Arc<Self>, shell: &Arc<Shell>) -> Registration {
         let id = self.next.fetch_add(1, Relaxed);
-        self.open().insert(id, Arc::clone(link));
+        self.open().insert(id, Arc::clone(shell));
         Registration { register: Arc::clone(self), id }
     }
 
@@ -293,8 +292,8 @@ impl Register {
     /// Cuts all that are open; returns how many.
     pub(crate) fn cut(&self, reason: &'static str) -> usize {
         let open = self.open();
-        for link in open.values() {
-            link.cut(reason);
+        for shell in open.values() {
+            shell.cut(reason);
         }
         open.len()
     }

@@ -10,21 +10,76 @@ use futures_core::Stream;
 use futures_sink::Sink;
 use tokio_postgres::{CopyInSink, CopyOutStream, Row};
 
-use super::{Connection, Turn};
+use super::connection::Connection;
+use super::request::Request;
 use crate::error::Error;
+
+/// A request whose answer is read piece by piece. The driver says that it is over, or failed, before all of it has come.
+struct Piecewise<'a> {
+    connection: &'a Connection,
+    request: Request<'a>,
+    /// How many errors the server had sent before it.
+    errors: u32,
+    /// What is left to wait for, and what is to be said then.
+    end: Option<Pin<Box<dyn Future<Output = ()> + Send + 'a>>>,
+    failure: Option<tokio_postgres::Error>,
+}
+
+impl<'a> Piecewise<'a> {
+    fn new(connection: &'a Connection, request: Request<'a>) -> Self {
+        let errors = connection.wire().errors();
+        Self { connection, request, errors, end: None, failure: None }
+    }
+
+    fn is_over(&self) -> bool {
+        self.request.is_over()
+    }
+
+    /// Whether the driver is done with it.
+    fn is_ending(&self) -> bool {
+        self.end.is_some()
+    }
+
+    /// The driver is done with it, or has failed.
+    fn begin_end(&mut self, failure: Option<tokio_postgres::Error>) {
+        self.failure = failure;
+        self.end = Some(Box::pin(self.request.answer()));
+    }
+
+    /// Waits for its end, and says whether all was well.
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        if let Some(end) = &mut self.end {
+            ready!(end.as_mut().poll(cx));
+            self.end = None;
+        }
+        let outside = self.connection.is_outside_of_block();
+        self.request.conclude();
+        Poll::Ready(match self.failure.take() {
+            Some(e) => Err(self.connection.shell.explain(e, outside)),
+            // Behind the data the server commits what is not part of a transaction, and that may fail.
+            None => match self.connection.wire().error_since(self.errors) {
+                Some(e) => Err(Error::Aborted(Box::new((*e).clone()))),
+                None => Ok(()),
+            },
+        })
+    }
+}
 
 /// The rows of a statement, as they come. See [`Connection::query_stream`].
 ///
 /// A [`Stream`]; [`next`](Self::next) saves the import of an extension trait.
 pub struct RowStream<'a> {
-    connection: &'a Connection,
     rows: Pin<Box<tokio_postgres::RowStream>>,
-    turn: Turn<'a>,
+    work: Piecewise<'a>,
 }
 
 impl<'a> RowStream<'a> {
-    pub(super) fn new(connection: &'a Connection, rows: tokio_postgres::RowStream, turn: Turn<'a>) -> Self {
-        Self { connection, rows: Box::pin(rows), turn }
+    pub(super) fn new(
+        connection: &'a Connection,
+        rows: tokio_postgres::RowStream,
+        request: Request<'a>,
+    ) -> Self {
+        Self { rows: Box::pin(rows), work: Piecewise::new(connection, request) }
     }
 
     /// The next row, or `None` after the last.
@@ -46,27 +101,41 @@ impl Stream for RowStream<'_> {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
-        if this.turn.is_over() {
-            return Poll::Ready(None); // the driver goes on to say that its connection is closed
+        poll_piece(&mut this.work, cx, |cx| this.rows.as_mut().poll_next(cx))
+    }
+}
+
+/// The next piece of an answer, or its end.
+fn poll_piece<T>(
+    work: &mut Piecewise<'_>,
+    cx: &mut Context<'_>,
+    next: impl FnOnce(&mut Context<'_>) -> Poll<Option<Result<T, tokio_postgres::Error>>>,
+) -> Poll<Option<Result<T, Error>>> {
+    if work.is_over() {
+        return Poll::Ready(None); // the driver goes on to say that its connection is closed
+    }
+    if !work.is_ending() {
+        match ready!(next(cx)) {
+            Some(Ok(item)) => return Poll::Ready(Some(Ok(item))),
+            Some(Err(e)) => work.begin_end(Some(e)),
+            None => work.begin_end(None),
         }
-        let item = ready!(this.rows.as_mut().poll_next(cx));
-        if !matches!(item, Some(Ok(_))) {
-            this.turn.conclude();
-        }
-        Poll::Ready(item.map(|row| row.map_err(|e| this.connection.explain(e))))
+    }
+    match ready!(work.poll_end(cx)) {
+        Ok(()) => Poll::Ready(None),
+        Err(e) => Poll::Ready(Some(Err(e))),
     }
 }
 
 /// What `COPY … TO STDOUT` yields. See [`Connection::copy_out`].
 pub struct CopyOut<'a> {
-    connection: &'a Connection,
     data: Pin<Box<CopyOutStream>>,
-    turn: Turn<'a>,
+    work: Piecewise<'a>,
 }
 
 impl<'a> CopyOut<'a> {
-    pub(super) fn new(connection: &'a Connection, data: CopyOutStream, turn: Turn<'a>) -> Self {
-        Self { connection, data: Box::pin(data), turn }
+    pub(super) fn new(connection: &'a Connection, data: CopyOutStream, request: Request<'a>) -> Self {
+        Self { data: Box::pin(data), work: Piecewise::new(connection, request) }
     }
 
     /// The next piece of data, or `None` after the last.
@@ -88,30 +157,22 @@ impl Stream for CopyOut<'_> {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
-        if this.turn.is_over() {
-            return Poll::Ready(None); // the driver goes on to say that its connection is closed
-        }
-        let item = ready!(this.data.as_mut().poll_next(cx));
-        if !matches!(item, Some(Ok(_))) {
-            this.turn.conclude();
-        }
-        Poll::Ready(item.map(|data| data.map_err(|e| this.connection.explain(e))))
+        poll_piece(&mut this.work, cx, |cx| this.data.as_mut().poll_next(cx))
     }
 }
 
 /// The way in of `COPY … FROM STDIN`. See [`Connection::copy_in`].
 ///
 /// A [`Sink`]; [`send`](Self::send) saves the import of an extension trait. Dropped unfinished, the COPY fails on the
-/// server and stores nothing.
+/// server and stores nothing; a transaction that it is part of can no longer be committed.
 pub struct CopyIn<'a> {
-    connection: &'a Connection,
     sink: Pin<Box<CopyInSink<Bytes>>>,
-    turn: Turn<'a>,
+    work: Piecewise<'a>,
 }
 
 impl<'a> CopyIn<'a> {
-    pub(super) fn new(connection: &'a Connection, sink: CopyInSink<Bytes>, turn: Turn<'a>) -> Self {
-        Self { connection, sink: Box::pin(sink), turn }
+    pub(super) fn new(connection: &'a Connection, sink: CopyInSink<Bytes>, request: Request<'a>) -> Self {
+        Self { sink: Box::pin(sink), work: Piecewise::new(connection, request) }
     }
 
     /// Sends a piece of data, waiting while the server cannot keep up.
@@ -128,22 +189,29 @@ impl<'a> CopyIn<'a> {
         Pin::new(&mut *self).start_send(data)
     }
 
+    /// Whether the server has refused it, and reads over the rest.
+    pub(super) fn is_refused(&self) -> bool {
+        self.work.connection.wire().errors() != self.work.errors
+    }
+
     /// Ends the COPY and returns how many rows it stored.
     ///
     /// # Errors
     ///
-    /// As [`Connection::query`].
+    /// As [`Connection::query`]; outside a transaction also [`Error::Aborted`] if its implicit commit fails, as by a
+    /// deferred constraint.
     ///
     /// # Cancel safety
     ///
     /// Dropped, the COPY was carried out or not.
     pub async fn finish(mut self) -> Result<u64, Error> {
         let result = poll_fn(|cx| self.sink.as_mut().poll_finish(cx)).await;
-        if result.is_err() {
-            self.connection.check_step().await;
-        }
-        self.turn.conclude();
-        result.map_err(|e| self.connection.explain(e))
+        let (rows, failure) = match result {
+            Ok(rows) => (rows, None),
+            Err(e) => (0, Some(e)),
+        };
+        self.work.begin_end(failure);
+        poll_fn(|cx| self.work.poll_end(cx)).await.map(|()| rows)
     }
 }
 
@@ -152,26 +220,29 @@ impl Sink<Bytes> for CopyIn<'_> {
 
     fn poll_ready(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let this = self.get_mut();
-        this.sink.as_mut().poll_ready(cx).map_err(|e| this.connection.explain(e))
+        this.sink.as_mut().poll_ready(cx).map_err(|e| this.work.connection.explain(e))
     }
 
     fn start_send(self: Pin<&mut Self>, data: Bytes) -> Result<(), Error> {
         let this = self.get_mut();
-        this.sink.as_mut().start_send(data).map_err(|e| this.connection.explain(e))
+        this.sink.as_mut().start_send(data).map_err(|e| this.work.connection.explain(e))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let this = self.get_mut();
-        this.sink.as_mut().poll_flush(cx).map_err(|e| this.connection.explain(e))
+        this.sink.as_mut().poll_flush(cx).map_err(|e| this.work.connection.explain(e))
     }
 
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let this = self.get_mut();
-        let result = ready!(this.sink.as_mut().poll_close(cx));
-        if result.is_ok() {
-            this.turn.conclude(); // after an error, dropping the turn settles the connection
+        if this.work.is_over() {
+            return Poll::Ready(Ok(()));
         }
-        Poll::Ready(result.map_err(|e| this.connection.explain(e)))
+        if !this.work.is_ending() {
+            let result = ready!(this.sink.as_mut().poll_close(cx));
+            this.work.begin_end(result.err());
+        }
+        this.work.poll_end(cx)
     }
 }
 

@@ -1,214 +1,162 @@
-//! How a transaction ends: COMMIT read for what it really did, and ROLLBACK that never hides another error.
+//! How a transaction ends: sends COMMIT or ROLLBACK, and turns the [outcome](super::outcome) into what its caller is told.
 
-use std::future::poll_fn;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 
-use tokio::time::error::Elapsed;
 use tokio::time::timeout;
-use tokio_postgres::error::Severity;
 
-use super::{Role, Transaction};
-use crate::connect::TransactionStatus;
+use super::outcome::{Answer, Cause, Next, Outcome, after_commit, before_commit, is_closed};
+use super::transaction::{CommitWent, Transaction};
+use crate::connect::Step;
 use crate::error::{CommitUnknown, DriverError, Error, ServerError};
 use crate::observe;
 
 impl Transaction<'_> {
-    /// Sends COMMIT and reads its outcome off the wire. On an error the transaction may still be open: see
+    /// Commits and tells the outcome. On an error the transaction may still be open: see
     /// [`roll_back_now`](Self::roll_back_now).
     pub(super) async fn commit_now(&mut self) -> Result<(), Error> {
-        let concluded = self.concluded().take();
-        let outcome = match concluded {
-            Some(outcome) => outcome,
-            None => self.commit_alone().await,
+        let result = self.commit_once().await;
+        self.done |= result.is_ok();
+        result
+    }
+
+    async fn commit_once(&self) -> Result<(), Error> {
+        let connection = self.connection();
+        let answer = match self.commit_went() {
+            CommitWent::No => None,
+            CommitWent::Along => Some(Answer::Came),
+            CommitWent::TooLong => Some(Answer::TimedOut),
         };
-        self.done |= outcome.is_ok();
-        outcome
-    }
-
-    async fn commit_alone(&self) -> Result<(), Error> {
-        let connection = &*self.connection;
-        connection.link.settled().await?;
-        if !connection.has_begun() {
-            connection.end_transaction();
-            return Ok(());
+        if let Some(answer) = answer {
+            let told = self.tell(after_commit(&connection.wire().facts(), answer), None);
+            return match (told, self.take_refusal()) {
+                (Err(e @ (Error::CommitUnknown(_) | Error::TransactionEnded)), _) => Err(e),
+                // The statement's own error says which one it was.
+                (Err(_), Some(refusal)) => Err(refusal),
+                (told, _) => told,
+            };
         }
-        self.check()?;
-        let written = connection.wire().written();
-        let limit = connection.link.config().commit_timeout;
-        let answer = timeout(limit, connection.control("COMMIT", true)).await;
-        self.read_outcome(answer, written)
+        if let Err(lost) = connection.disown().await {
+            // What is on record says more.
+            let facts = connection.wire().facts();
+            return match before_commit(&facts, connection.has_begun()) {
+                Next::Over(outcome) => self.tell(outcome, None),
+                Next::Nothing | Next::Commit => Err(lost),
+            };
+        }
+        match before_commit(&connection.wire().facts(), connection.has_begun()) {
+            Next::Nothing => {
+                connection.end_transaction();
+                return Ok(());
+            }
+            Next::Over(outcome) => return self.tell(outcome, None),
+            Next::Commit => {}
+        }
+        let limit = connection.shell.config().commit_timeout;
+        let (answer, error) = match timeout(limit, connection.end_block(Step::Commit)).await {
+            Ok(Some(e)) if e.code().is_some_and(|code| matches!(code.code(), "40003" | "08007")) => {
+                (Answer::CannotTell, Some(e))
+            }
+            Ok(error) => (Answer::Came, error),
+            Err(_) => (Answer::TimedOut, None),
+        };
+        self.tell(after_commit(&connection.wire().facts(), answer), error)
     }
 
-    /// Sends `flight`, which is all sent when it has been polled once, and COMMIT right behind it. Its turn was taken
-    /// before, so BEGIN is on its way and has been accepted here before.
-    ///
-    /// Once COMMIT is sent its outcome is kept for [`commit_now`](Self::commit_now), which must be called next whatever
-    /// is returned here: that knows best what went wrong.
-    pub(crate) async fn conclude<T>(
+    /// Runs `flight`, under whose Sync COMMIT travels. What [`commit_now`](Self::commit_now) says is the outcome; it must
+    /// be called next, whatever is returned here.
+    pub(crate) async fn commit_with<T>(
         &self,
         flight: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        self.check()?;
-        let connection = &*self.connection;
-        let wire = connection.wire();
-        let mut flight = pin!(flight);
-        let early = match poll_fn(|cx| Poll::Ready(flight.as_mut().poll(cx))).await {
-            Poll::Ready(Err(e)) => return Err(e), // it could not be sent
-            Poll::Ready(value) => Some(value),
-            Poll::Pending => None,
-        };
-        let written = wire.written();
-        let mut commit = pin!(connection.control("COMMIT", true));
-        let refused = poll_fn(|cx| Poll::Ready(commit.as_mut().poll(cx))).await;
-        let value = match early {
-            Some(value) => value,
-            None => flight.await,
-        };
-        let answer = match refused {
-            Poll::Ready(answer) => Ok(answer),
-            Poll::Pending => timeout(connection.link.config().commit_timeout, commit).await,
-        };
-        // The server works in order: one that said good-bye before it had answered every statement never came to COMMIT.
-        let lost = matches!(value, Err(Error::ConnectionLost(_))) && wire.fatal().is_some();
-        let outcome = match value {
-            Err(e) if lost => {
-                connection.end_transaction();
-                Err(e)
+        let connection = self.connection();
+        self.set_commit_went(CommitWent::Along);
+        let limit = connection.shell.config().commit_timeout;
+        tokio::select! {
+            biased;
+            result = flight => result.map_err(|e| {
+                self.set_refusal(e);
+                Error::TransactionEnded
+            }),
+            () = connection.wire().until_commit_is_next(limit) => {
+                self.set_commit_went(CommitWent::TooLong);
+                Err(connection.shell.lost("COMMIT was not answered in time"))
             }
-            value => match (self.read_outcome(answer, written), value) {
-                (Ok(()), Ok(value)) => {
-                    *self.concluded() = Some(Ok(()));
-                    return Ok(value);
-                }
-                // The statement's own error says more; or its answer could not be read, though it took effect.
-                (Err(Error::Aborted(_)) | Ok(()), Err(e)) => Err(e),
-                (Err(e), _) => Err(e),
-            },
-        };
-        *self.concluded() = Some(outcome);
-        Err(Error::TransactionEnded)
+        }
     }
 
-    /// Whether COMMIT may be sent.
-    fn check(&self) -> Result<(), Error> {
-        let connection = &*self.connection;
-        let wire = connection.wire();
-        // The server would answer COMMIT with ROLLBACK: the first error says why.
-        if let Some(first) = wire.first_error(0) {
-            return Err(connection.broken_by(&first));
+    /// What the caller is told of an outcome, and what becomes of the connection.
+    fn tell(&self, outcome: Outcome, error: Option<tokio_postgres::Error>) -> Result<(), Error> {
+        let connection = self.connection();
+        let facts = connection.wire().facts();
+        let told = match outcome {
+            Outcome::Committed => Ok(()),
+            Outcome::EndedBySql => Err(connection.ended_by_sql()),
+            Outcome::Unknown(reason) => Err(self.unknown(reason, facts.fatal.clone())),
+            Outcome::RolledBack(Cause::Lost(reason)) => Err(connection.shell.lost(reason)),
+            Outcome::RolledBack(Cause::Refused) => Err(match error {
+                Some(e) => Error::Database(DriverError(e)),
+                None => self.aborted(),
+            }),
+            Outcome::RolledBack(Cause::Fault) => Err(self.aborted()),
+        };
+        // Otherwise something is still open.
+        if told.is_ok() || is_closed(&facts) && !matches!(outcome, Outcome::RolledBack(Cause::Fault)) {
+            connection.end_transaction();
         }
-        let Role::Outermost { begins, commits } = self.role else { return Err(self.ended()) };
-        let begun = wire.begins().wrapping_sub(begins);
-        let over = begun == 1 && wire.status() == TransactionStatus::Idle;
-        if begun > 1 || over || wire.commits() != commits {
-            return Err(self.ended());
-        }
-        if connection.client.is_closed() {
-            return Err(connection.link.lost("the connection was closed before COMMIT was sent"));
-        }
-        Ok(())
+        told
     }
 
-    /// What became of a COMMIT that was sent when so many bytes had been `written`.
-    fn read_outcome(
-        &self,
-        answer: Result<Result<(), tokio_postgres::Error>, Elapsed>,
-        written: u64,
-    ) -> Result<(), Error> {
-        let connection = &*self.connection;
-        let wire = connection.wire();
-        let Role::Outermost { begins, commits } = self.role else { return Err(self.ended()) };
-        let error = match answer {
-            Ok(Ok(())) => {
-                let confirmed = wire.commits().wrapping_sub(commits);
-                let begun = wire.begins().wrapping_sub(begins);
-                return match (confirmed, begun) {
-                    // Outside a block COMMIT is no error: SQL has ended the transaction, and what followed was on its own.
-                    (1, 1) if wire.committed_block() => {
-                        connection.end_transaction();
-                        Ok(())
-                    }
-                    // The tag was ROLLBACK: an error came that nobody had waited for.
-                    (0, 1) => match wire.first_error(0) {
-                        Some(first) => {
-                            connection.end_transaction();
-                            Err(connection.broken_by(&first))
-                        }
-                        None => Err(self.ended()),
-                    },
-                    _ => Err(self.ended()),
-                };
-            }
-            Ok(Err(e)) => e,
-            Err(_) => return Err(self.unknown("COMMIT was not answered within the commit timeout", None)),
-        };
-        if let Some(server) = error.as_db_error() {
-            let fatal = matches!(server.parsed_severity(), Some(Severity::Fatal | Severity::Panic));
-            // Servers that speak the protocol and are not PostgreSQL say so themselves when they cannot tell.
-            if fatal || matches!(server.code().code(), "40003" | "08007") {
-                return Err(self.unknown("the server ended the session over COMMIT", wire.fatal()));
-            }
-            if wire.status() == TransactionStatus::Idle {
-                // Over. Otherwise it was not COMMIT that failed but something sent ahead of it.
-                connection.end_transaction();
-            }
-            return Err(Error::Database(DriverError(error)));
+    /// The error of the fault on record.
+    fn aborted(&self) -> Error {
+        let connection = self.connection();
+        match connection.wire().fault(0) {
+            Some(fault) => connection.shell.broken_by(&fault),
+            None => connection.shell.lost("COMMIT was answered with ROLLBACK"),
         }
-        if wire.written() == written {
-            return Err(connection.link.lost("the connection was closed before COMMIT was sent"));
-        }
-        Err(self.unknown("the connection was closed before COMMIT was answered", wire.fatal()))
     }
 
     fn unknown(&self, reason: &'static str, server: Option<Arc<ServerError>>) -> Error {
-        self.connection.link.poison(reason);
-        self.connection.end_transaction();
+        self.connection().shell.cut(reason);
         let error = Error::CommitUnknown(Box::new(CommitUnknown { reason, server }));
         observe::commit_unknown(&error);
         error
     }
 
-    fn ended(&self) -> Error {
-        self.connection.link.poison("SQL in a transaction ended it");
-        self.connection.end_transaction();
-        Error::TransactionEnded
-    }
-
-    /// Commits if `result` is good, rolls back otherwise; the error of a COMMIT that went out with it comes first.
+    /// Commits if `result` is good, rolls back otherwise. Where COMMIT went out with the work, its outcome comes first.
     pub(crate) async fn end_with<T>(&mut self, result: Result<T, Error>) -> Result<T, Error> {
-        let refused = self.refused();
-        match (refused, result) {
-            (None, Ok(value)) => self.commit_or_roll_back().await.map(|()| value),
-            (Some(e), _) | (None, Err(e)) => {
+        match self.outcome_of(result).await {
+            Ok(value) => Ok(value),
+            Err(e) => {
                 self.roll_back_now().await;
                 Err(e)
             }
         }
     }
 
-    /// Why a COMMIT that went out with statements did not commit.
-    pub(super) fn refused(&self) -> Option<Error> {
-        let mut concluded = self.concluded();
-        match concluded.take() {
-            Some(Err(e)) => Some(e),
-            other => {
-                *concluded = other;
-                None
-            }
+    /// What became of work that returned `result`.
+    pub(super) async fn outcome_of<T>(&mut self, result: Result<T, Error>) -> Result<T, Error> {
+        if self.commit_went() != CommitWent::No {
+            return self.commit_now().await.and(result);
         }
+        let value = result?;
+        self.commit_now().await.map(|()| value)
     }
 
     /// Ends what is open. A failure closes the connection, which has the same effect.
     pub(super) async fn roll_back_now(&mut self) {
-        let connection = &*self.connection;
-        let link = &connection.link;
-        if connection.has_begun() && link.settled().await.is_ok() {
-            connection.drop_pending();
-            let answer = timeout(link.config().cleanup_timeout, connection.control("ROLLBACK", false)).await;
-            if !matches!(answer, Ok(Ok(()))) || connection.wire().status() != TransactionStatus::Idle {
-                link.poison("ROLLBACK failed");
+        let connection = self.connection();
+        let shell = &connection.shell;
+        if connection.wire().is_ended_by_sql() {
+            connection.ended_by_sql();
+        } else if connection.has_begun() && connection.disown().await.is_ok() {
+            connection.wire().take_back();
+            // COMMIT may have ended it.
+            if !is_closed(&connection.wire().facts()) {
+                let limit = shell.config().cleanup_timeout;
+                let answer = timeout(limit, connection.end_block(Step::RollBack)).await;
+                if answer.is_err() || !is_closed(&connection.wire().facts()) {
+                    shell.cut("ROLLBACK failed");
+                }
             }
         }
         connection.end_transaction();

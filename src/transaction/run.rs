@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use tokio::time::{sleep, timeout};
 
-use super::Transaction;
-use crate::connect::TransactionStatus;
+use super::transaction::{CommitWent, Hooks, Transaction};
+use crate::connect::{Fault, TransactionStatus};
 use crate::connection::Connection;
 use crate::error::{Error, ServerError};
 use crate::observe::{self, Outcome};
@@ -28,6 +28,10 @@ pub(crate) fn held(pool: usize) -> usize {
 /// One transaction with all its attempts, whichever connections they run on.
 pub(crate) struct Run<'o> {
     options: &'o TransactionOptions,
+    /// What is to be run now that it is committed.
+    hooks: Option<Hooks>,
+    /// The sessions that are held while it runs.
+    holding: (usize, usize),
     started: Instant,
     attempts: u32,
     /// How often no connection could be made for an attempt.
@@ -45,11 +49,22 @@ pub(crate) enum Step<T, E> {
 impl<'o> Run<'o> {
     pub(crate) fn new(options: &'o TransactionOptions) -> Self {
         let span = observe::transaction(options.name.as_deref(), options.level());
-        Self { options, started: Instant::now(), attempts: 0, unconnected: 0, span }
+        Self { options, hooks: None, holding: (0, 0), started: Instant::now(), attempts: 0, unconnected: 0, span }
     }
 
     pub(crate) fn span(&self) -> tracing::Span {
         self.span.clone()
+    }
+
+    /// Runs what was registered to be run after the commit. The session may be back by then, or still be held by whoever
+    /// called.
+    pub(crate) async fn run_hooks(&mut self, session_is_held: bool) {
+        let Some(hooks) = self.hooks.take() else { return };
+        if session_is_held {
+            HELD.scope(self.holding, hooks.run()).await;
+        } else {
+            hooks.run().await;
+        }
     }
 
     /// What is left of the deadline.
@@ -83,7 +98,7 @@ impl<'o> Run<'o> {
         F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
         E: From<Error>,
     {
-        if let Err(e) = connection.link.settled().await {
+        if let Err(e) = connection.claim().await {
             return Step::Done(Err(e.into()));
         }
         let mut tx = match Transaction::begin(connection, self.options) {
@@ -92,10 +107,10 @@ impl<'o> Run<'o> {
         };
         tx.attempt = self.attempts + 1;
         let pool = connection.pool_id();
-        let holding = (pool, held(pool) + 1);
+        self.holding = (pool, held(pool) + 1);
         loop {
             self.attempts += 1;
-            let attempt = HELD.scope(holding, (f.clone())(&mut tx));
+            let attempt = HELD.scope(self.holding, (f.clone())(&mut tx));
             let result = match self.left() {
                 None => attempt.await,
                 Some(left) => match timeout(left, attempt).await {
@@ -104,22 +119,19 @@ impl<'o> Run<'o> {
                     Err(_) => return Step::Done(Err(self.too_late().into())),
                 },
             };
-            let failed = match (tx.refused(), result) {
-                (Some(e), _) => Failed { class: class_of_error(&e, &tx), own: Some(e), users: None },
-                (None, Ok(value)) => match tx.commit_now().await {
-                    Ok(()) => {
-                        observe::transaction_ended(&self.span, self.attempts, Outcome::Committed);
-                        if let Some(hooks) = tx.take_hooks() {
-                            hooks.run().await;
-                        }
-                        return Step::Done(Ok(value));
-                    }
-                    Err(e) => Failed { class: class_of_error(&e, &tx), own: Some(e), users: None },
-                },
-                (None, Err(users)) => {
+            let failed = match result {
+                Err(users) if tx.commit_went() == CommitWent::No => {
                     let (class, own) = why(&tx).await;
                     Failed { class, own, users: Some(users) }
                 }
+                result => match Self::finish(&mut tx, result).await {
+                    Ok(value) => {
+                        observe::transaction_ended(&self.span, self.attempts, Outcome::Committed);
+                        self.hooks = tx.take_hooks();
+                        return Step::Done(Ok(value));
+                    }
+                    Err(failed) => failed,
+                },
             };
             let delay = match self.delay_after(&failed, may_move) {
                 Ok(delay) => delay,
@@ -142,7 +154,7 @@ impl<'o> Run<'o> {
                 connection.forget_statements();
             }
             if class.needs_fresh_connection() {
-                connection.link.poison("the transaction is retried on another connection");
+                connection.shell.lose("the transaction is retried on another connection");
                 return Step::Release(delay);
             }
             if may_move && delay > WORTH_HOLDING {
@@ -151,12 +163,24 @@ impl<'o> Run<'o> {
             // An aborted transaction holds no locks; one that is still open must not hold its own through the pause.
             if connection.wire().status() == TransactionStatus::Open {
                 tx.roll_back_now().await;
-                tx.done = false;
             }
             sleep(delay).await;
             if let Err(e) = tx.restart(self.options) {
                 return Step::Done(Err(e.into()));
             }
+        }
+    }
+
+    /// Commits what returned a value; or asks what became of work that COMMIT went along with.
+    async fn finish<T, E>(tx: &mut Transaction<'_>, result: Result<T, E>) -> Result<T, Failed<E>>
+    where
+        E: From<Error>,
+    {
+        match (tx.commit_now().await, result) {
+            (Ok(()), Ok(value)) => Ok(value),
+            // What it returned could not be read, though it took effect.
+            (Ok(()), Err(users)) => Err(Failed { class: None, own: None, users: Some(users) }),
+            (Err(own), _) => Err(Failed { class: class_of_error(&own, tx), own: Some(own), users: None }),
         }
     }
 
@@ -196,16 +220,26 @@ impl<E: From<Error>> Failed<E> {
 /// What broke the transaction, asked at the wire: whatever the closure made of it, it is there. Nothing, if the closure
 /// had a reason of its own.
 async fn why(tx: &Transaction<'_>) -> (Option<RetryClass>, Option<Error>) {
-    let connection = &*tx.connection;
-    let settled = connection.link.settled().await;
+    let connection = tx.connection();
+    let settled = connection.disown().await;
     let wire = connection.wire();
-    if let Some(first) = wire.first_error(0).or_else(|| wire.cured_error()) {
-        return (class_of(&first), Some(connection.broken_by(&first)));
+    let facts = wire.facts();
+    if facts.ended_by_sql {
+        // Some of it may be committed: never again.
+        return (None, Some(connection.ended_by_sql()));
     }
-    let lost = settled
-        .err()
-        .or_else(|| connection.client.is_closed().then(|| connection.link.lost("the connection was closed")));
+    if let Some(fault) = facts.fault.or_else(|| wire.forgiven().map(Fault::Server)) {
+        return (class_of_fault(&fault), Some(connection.shell.broken_by(&fault)));
+    }
+    let lost = settled.err().or_else(|| facts.over.then(|| connection.shell.lost("the connection was closed")));
     (lost.is_some().then_some(RetryClass::ConnectionLost), lost)
+}
+
+fn class_of_fault(fault: &Fault) -> Option<RetryClass> {
+    match fault {
+        Fault::Server(error) => class_of(error),
+        Fault::Abandoned | Fault::Halfway => None,
+    }
 }
 
 fn class_of(error: &ServerError) -> Option<RetryClass> {
@@ -220,13 +254,11 @@ fn class_of(error: &ServerError) -> Option<RetryClass> {
 fn class_of_error(error: &Error, tx: &Transaction<'_>) -> Option<RetryClass> {
     match error {
         Error::Aborted(first) => class_of(first),
-        Error::Database(_) | Error::Copy(_) => error.code().and_then(|code| RetryClass::of(code.code())),
-        // A COMMIT that went out with it was answered with ROLLBACK.
-        Error::Batch(_) => tx.connection.wire().first_error(0).and_then(|first| class_of(&first)),
-        // Lost before COMMIT was sent.
-        Error::ConnectionLost(_) => match tx.connection.wire().first_error(0) {
-            Some(first) => class_of(&first),
-            None => Some(RetryClass::ConnectionLost),
+        Error::Database(_) => error.code().and_then(|code| RetryClass::of(code.code())),
+        // Lost before COMMIT was sent; or COMMIT went along with it, and was not reached.
+        Error::ConnectionLost(_) | Error::Batch(_) => match tx.connection().wire().fault(0) {
+            Some(fault) => class_of_fault(&fault),
+            None => matches!(error, Error::ConnectionLost(_)).then_some(RetryClass::ConnectionLost),
         },
         _ => None,
     }

@@ -1,0 +1,219 @@
+//! What of ours travels with the driver's next request, under its Sync: BEGIN and settings, savepoints, rows, COMMIT.
+//!
+//! The driver ends each of its requests with a Sync, which is where the server answers, and where it stops skipping after
+//! an error. So what must not run on its own has to stand before the same Sync as the statement it belongs to: then a
+//! BEGIN that fails takes the statement with it. (PostgreSQL manual, chapters 54.2.3 "Extended Query" and 54.2.4
+//! "Pipelining".)
+
+use std::borrow::Cow;
+use std::io;
+
+use bytes::{BufMut, BytesMut};
+use postgres_protocol::IsNull;
+use postgres_protocol::escape::escape_literal;
+use postgres_protocol::message::frontend;
+use postgres_types::Type;
+
+/// A statement of ours. Each is answered by one CommandComplete.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Ends the attempt before.
+    RollBack,
+    /// BEGIN with its modes.
+    Begin(Cow<'static, str>),
+    /// A parameter for this transaction only.
+    Setting(Cow<'static, str>, Cow<'static, str>),
+    Savepoint(u32),
+    Release(u32),
+    RollBackTo(u32),
+    Commit,
+}
+
+/// A function, since SET has no way to pass a list such as `search_path` as one value.
+const SET_CONFIG: &str = "SELECT pg_catalog.set_config($1,$2,true)";
+
+impl Step {
+    /// As messages of the extended protocol, with values as parameters. Unnamed: a pooler would not know our names.
+    fn write(&self, out: &mut BytesMut) -> io::Result<()> {
+        match self {
+            Self::RollBack => run("ROLLBACK", out),
+            Self::Begin(sql) => run(sql, out),
+            Self::Commit => run("COMMIT", out),
+            // Names are made, never taken from users; quoted all the same.
+            Self::Savepoint(depth) => run(&format!("SAVEPOINT \"pgs_{depth}\""), out),
+            Self::Release(depth) => run(&format!("RELEASE \"pgs_{depth}\""), out),
+            Self::RollBackTo(depth) => run(&format!("ROLLBACK TO \"pgs_{depth}\""), out),
+            Self::Setting(name, value) => {
+                frontend::parse("", SET_CONFIG, [Type::TEXT.oid(); 2], out)?;
+                let values = [&**name, &**value];
+                let write = |value: &str, out: &mut BytesMut| {
+                    out.put_slice(value.as_bytes());
+                    Ok(IsNull::No)
+                };
+                frontend::bind("", "", [], values, write, [], out).map_err(|e| match e {
+                    frontend::BindError::Conversion(e) => io::Error::other(e),
+                    frontend::BindError::Serialization(e) => e,
+                })?;
+                frontend::execute("", 0, out)
+            }
+        }
+    }
+
+    /// As SQL, for a simple query.
+    fn push_to(&self, sql: &mut String) {
+        match self {
+            Self::RollBack => sql.push_str("ROLLBACK"),
+            Self::Begin(begin) => sql.push_str(begin),
+            Self::Commit => sql.push_str("COMMIT"),
+            Self::Savepoint(depth) => sql.push_str(&format!("SAVEPOINT \"pgs_{depth}\"")),
+            Self::Release(depth) => sql.push_str(&format!("RELEASE \"pgs_{depth}\"")),
+            Self::RollBackTo(depth) => sql.push_str(&format!("ROLLBACK TO \"pgs_{depth}\"")),
+            Self::Setting(name, value) => {
+                let (name, value) = (escape_literal(name), escape_literal(value));
+                sql.push_str(&format!("SELECT pg_catalog.set_config({name},{value},true)"));
+            }
+        }
+        sql.push(';');
+    }
+}
+
+/// Parse, Bind and Execute of a statement without parameters, all unnamed.
+fn run(sql: &str, out: &mut BytesMut) -> io::Result<()> {
+    frontend::parse("", sql, [], out)?;
+    out.put_slice(b"B\0\0\0\x0c\0\0\0\0\0\0\0\0");
+    frontend::execute("", 0, out)
+}
+
+/// How the driver's request is to be understood.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A statement of the extended protocol.
+    #[default]
+    Statement,
+    /// A simple query that begins with steps of ours, which are in its text.
+    Text,
+    /// COPY into the server, for which the driver sends data.
+    CopyIn,
+    /// COPY out of the server.
+    CopyOut,
+}
+
+/// What is to travel with the next request, or requests.
+#[derive(Debug, Default)]
+pub(crate) struct Flight {
+    pub(super) lead: Vec<Step>,
+    pub(super) kind: Kind,
+    /// Rows of `execute_many`, as messages, and how many they are.
+    pub(super) rows: BytesMut,
+    pub(super) row_count: u32,
+    /// So many requests of the driver's follow under one Sync; none is as good as one.
+    pub(super) requests: u32,
+    /// COMMIT comes behind the last of them, under the same Sync.
+    pub(super) commit: bool,
+}
+
+impl Flight {
+    pub(super) fn is_empty(&self) -> bool {
+        self.lead.is_empty()
+            && self.kind == Kind::Statement
+            && self.rows.is_empty()
+            && self.requests == 0
+            && !self.commit
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.lead.clear();
+        self.kind = Kind::Statement;
+        self.rows.clear();
+        (self.row_count, self.requests, self.commit) = (0, 0, false);
+    }
+
+    /// What goes before the driver's first request.
+    pub(super) fn write_lead(&self, out: &mut BytesMut) -> io::Result<()> {
+        if self.kind != Kind::Text {
+            for step in &self.lead {
+                step.write(out)?;
+            }
+        }
+        out.put_slice(&self.rows);
+        Ok(())
+    }
+
+    /// What goes behind its last one.
+    pub(super) fn write_end(&self, out: &mut BytesMut) -> io::Result<()> {
+        if self.commit && self.kind != Kind::Text { Step::Commit.write(out) } else { Ok(()) }
+    }
+}
+
+/// The steps as the beginning of a simple query.
+pub(super) fn text(steps: &[Step]) -> String {
+    let mut sql = String::new();
+    for step in steps {
+        step.push_to(&mut sql);
+    }
+    sql
+}
+
+/// Rows for one statement, to go ahead of the driver's own request for the last one.
+#[derive(Debug, Default)]
+pub(crate) struct Rows {
+    pub(super) bytes: BytesMut,
+    pub(super) count: u32,
+}
+
+impl Rows {
+    /// Makes `sql` the unnamed statement, which the rows are for: the driver keeps the names of its own to itself.
+    pub(crate) fn parse(&mut self, sql: &str, types: &[Type]) -> io::Result<()> {
+        frontend::parse("", sql, types.iter().map(Type::oid), &mut self.bytes)
+    }
+
+    /// Runs it with `parameters`: their number, and the length and bytes of each.
+    pub(crate) fn run(&mut self, parameters: &[u8]) -> io::Result<()> {
+        self.bytes.put_u8(b'B');
+        // The length, itself included; the empty names of portal and statement; one format for all, which is binary.
+        let length = i32::try_from(4 + 2 + 4 + parameters.len() + 4).map_err(io::Error::other)?;
+        self.bytes.put_i32(length);
+        self.bytes.put_slice(b"\0\0\0\x01\0\x01");
+        self.bytes.put_slice(parameters);
+        self.bytes.put_slice(b"\0\x01\0\x01");
+        self.count += 1;
+        frontend::execute("", 0, &mut self.bytes)
+    }
+
+    pub(crate) fn count(&self) -> u32 {
+        self.count
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_of_settings_are_parameters_in_messages_and_quoted_in_text() {
+        let setting = Step::Setting("app.tenant".into(), r"O'Neil\".into());
+        let mut messages = BytesMut::new();
+        setting.write(&mut messages).expect("messages");
+        let has = |part: &[u8]| messages.windows(part.len()).any(|window| window == part);
+        assert!(has(SET_CONFIG.as_bytes()) && has(br"O'Neil\"));
+        assert_eq!(
+            text(&[Step::Begin("BEGIN".into()), setting]),
+            r"BEGIN;SELECT pg_catalog.set_config('app.tenant', E'O''Neil\\',true);"
+        );
+    }
+
+    #[test]
+    fn a_statement_without_parameters_is_what_the_library_makes_of_it() {
+        let (mut ours, mut theirs) = (BytesMut::new(), BytesMut::new());
+        run("BEGIN", &mut ours).expect("messages");
+        frontend::parse("", "BEGIN", [], &mut theirs).expect("a message");
+        let none: [&str; 0] = [];
+        frontend::bind("", "", [], none, |_, _| Ok(IsNull::No), [], &mut theirs).ok().expect("a message");
+        frontend::execute("", 0, &mut theirs).expect("a message");
+        assert_eq!(ours, theirs);
+    }
+}

@@ -1,0 +1,207 @@
+//! What performs the rules of a connection: the core under a lock, and everything that it decides about.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+use tokio_postgres::error::{Severity, SqlState};
+
+use super::core::Core;
+use crate::config::SessionConfig;
+use crate::connect::{Fault, Route, Wire};
+use crate::error::{DriverError, Error};
+use crate::statements::Statements;
+
+pub(super) const PANICKED: &str = "a panic unwound through it";
+pub(super) const STALLED: &str = "it could not be brought to rest in time";
+pub(super) const STOPPED: &str = "its runtime was shut down";
+pub(super) const CLOSED: &str = "the connection was closed";
+const ENDED: &str = "the server ended the session";
+
+/// One connection as everyone who deals with it sees it; the client itself belongs to the
+/// [`Connection`](super::Connection).
+#[derive(Debug)]
+pub(crate) struct Shell {
+    pub(crate) wire: Arc<Wire>,
+    pub(super) config: Arc<SessionConfig>,
+    pub(super) route: Route,
+    /// The task that drives the connection.
+    pub(super) driver: AbortHandle,
+    /// Where the connection's I/O lives; draining must live there too.
+    pub(super) runtime: Handle,
+    /// No other connection of this process has this number.
+    pub(super) number: u64,
+    /// Set when the session ran something that leaves state behind.
+    pub(super) dirty: AtomicBool,
+    retired: AtomicBool,
+    core: Mutex<Core>,
+    statements: Mutex<Statements>,
+    changed: Notify,
+}
+
+impl Shell {
+    pub(super) fn new(
+        wire: Arc<Wire>,
+        config: Arc<SessionConfig>,
+        route: Route,
+        driver: AbortHandle,
+        runtime: Handle,
+    ) -> Self {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let statements = Mutex::new(Statements::new(config.statement_cache_capacity));
+        Self {
+            wire,
+            config,
+            route,
+            driver,
+            runtime,
+            number: NUMBER.fetch_add(1, Relaxed),
+            dirty: AtomicBool::new(false),
+            retired: AtomicBool::new(false),
+            core: Mutex::new(Core::new()),
+            statements,
+            changed: Notify::new(),
+        }
+    }
+
+    pub(crate) fn config(&self) -> &SessionConfig {
+        &self.config
+    }
+
+    #[inline]
+    pub(super) fn core(&self) -> MutexGuard<'_, Core> {
+        // Invariant: no method of the core panics half-way. A parameter's `ToSql` may panic while it is held, which
+        // changes nothing in it.
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[inline]
+    pub(super) fn statements(&self) -> MutexGuard<'_, Statements> {
+        // Invariant: the cache does not panic half-way.
+        self.statements.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells everybody who waits for the core to look at it again.
+    pub(super) fn changed(&self) {
+        self.changed.notify_waiters();
+    }
+
+    /// Waits for `ready`, which becomes true by a change of the core.
+    pub(super) async fn until(&self, ready: impl Fn(&Core) -> bool) {
+        // Most often it is so: then there is no need to be told.
+        if ready(&self.core()) {
+            return;
+        }
+        loop {
+            let mut changed = pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if ready(&self.core()) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits until nothing is being drained.
+    pub(crate) async fn settled(&self) -> Result<(), Error> {
+        self.until(Core::is_settled).await;
+        let lost = self.core().lost();
+        lost.map_or(Ok(()), |reason| Err(self.lost(reason)))
+    }
+
+    #[inline]
+    pub(super) fn mark_dirty(&self) {
+        self.dirty.store(true, Relaxed);
+    }
+
+    pub(crate) fn lost(&self, reason: &'static str) -> Error {
+        Error::lost(reason, self.wire.fatal())
+    }
+
+    /// Never lend or use this connection again.
+    pub(crate) fn lose(&self, reason: &'static str) {
+        self.core().lose(reason);
+        self.changed();
+    }
+
+    pub(super) async fn cancel(&self) -> std::io::Result<()> {
+        self.route.cancel(&self.config.postgres, &self.wire).await
+    }
+
+    /// Stops what runs on the server, unless it is a COMMIT, and then the driver. The server would otherwise run on until
+    /// it has something to say to a client that is not there.
+    pub(super) async fn cancel_and_hang_up(&self, cancel: bool) {
+        if cancel && !self.wire.is_closed() {
+            let _ = timeout(self.config.cleanup_timeout, self.cancel()).await;
+        }
+        self.driver.abort();
+    }
+
+    /// Closes the connection under whoever uses it.
+    pub(crate) fn cut(self: &Arc<Self>, reason: &'static str) {
+        let cancel = {
+            let mut core = self.core();
+            let ending = core.is_ending();
+            core.lose(reason);
+            !ending
+        };
+        self.changed();
+        let shell = Arc::clone(self);
+        self.runtime.spawn(async move { shell.cancel_and_hang_up(cancel).await });
+    }
+
+    /// The driver's error in this crate's terms. `outside` if it is about a statement outside a transaction that was sent.
+    pub(crate) fn explain(&self, error: tokio_postgres::Error, outside: bool) -> Error {
+        let lost = |reason| {
+            let fatal = self.wire.fatal();
+            if outside { Error::unanswered(reason, fatal) } else { Error::lost(reason, fatal) }
+        };
+        if error.is_closed() {
+            self.lose(CLOSED);
+            return lost(CLOSED);
+        }
+        let Some(server) = error.as_db_error() else { return Error::Database(DriverError(error)) };
+        if matches!(server.parsed_severity(), Some(Severity::Fatal | Severity::Panic)) {
+            self.lose(ENDED);
+            return lost(ENDED);
+        }
+        // Something of ours that went ahead was refused, and the statement was not run; or it is but a symptom.
+        if self.wire.is_lead_refused() || *server.code() == SqlState::IN_FAILED_SQL_TRANSACTION {
+            if let Some(first) = self.wire.fault(0) {
+                return self.broken_by(&first);
+            }
+        }
+        Error::Database(DriverError(error))
+    }
+
+    /// The error of a transaction that must not be committed.
+    pub(crate) fn broken_by(&self, fault: &Fault) -> Error {
+        match fault {
+            Fault::Server(first) if first.is_fatal() => self.lost(ENDED),
+            Fault::Server(first) => Error::Aborted(Box::new((**first).clone())),
+            Fault::Abandoned | Fault::Halfway => Error::StatementAbandoned,
+        }
+    }
+
+    /// Its session may go on, and nobody gets it after that.
+    pub(super) fn retire(&self) {
+        self.retired.store(true, Relaxed);
+    }
+
+    pub(super) fn is_retired(&self) -> bool {
+        self.retired.load(Relaxed)
+    }
+
+    /// Waits for `work` on the connection's own runtime, where it goes on if nobody waits; nothing if that is shut down.
+    pub(super) async fn on_its_own<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Option<T> {
+        self.runtime.spawn(work).await.ok()
+    }
+}
