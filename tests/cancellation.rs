@@ -298,8 +298,8 @@ async fn a_transaction_goes_on_after_a_statement_dropped_in_a_savepoint() {
                 }
             })
             .await;
-        // The cancelled statement has failed, so the savepoint cannot be kept.
-        assert_eq!(gave_up.unwrap_err().code().unwrap().code(), "57014");
+        // Nobody knows what the statement did, so the savepoint cannot be kept.
+        assert!(matches!(gave_up, Err(Error::StatementAbandoned)), "{gave_up:?}");
         // A savepoint that is itself dropped in the middle.
         {
             let mut savepoint = pin!(tx.savepoint(async |sp| {

@@ -645,7 +645,8 @@ impl Ledger {
             if exchange.at_commit() {
                 on_commit(without_zero(body), wire);
             }
-            if exchange.lead == exchange.begin {
+            // One that was given up meanwhile is nobody's.
+            if exchange.lead == exchange.begin && wire.has(happened::RECORDING) {
                 wire.happen(happened::BEGUN);
             }
             if exchange.lead == exchange.roll_back {

@@ -320,7 +320,7 @@ impl Connection {
     pub(crate) async fn disown(&self) -> Result<(), Error> {
         let start = {
             let mut core = self.shell.core();
-            if !core.is_free() {
+            if core.is_live() {
                 self.wire().note(crate::connect::Fault::Abandoned);
             }
             core.disown()

@@ -151,6 +151,15 @@ impl Core {
         self.lane == Lane::Free
     }
 
+    /// Whether somebody has a request and may be waiting for it.
+    pub(super) fn is_live(&self) -> bool {
+        match self.lane {
+            Lane::Shared(_) | Lane::Exclusive(_) => true,
+            Lane::Draining(live) => live > 0,
+            Lane::Free | Lane::Lost(_) => false,
+        }
+    }
+
     /// Whether requests are granted, or it is lost: there is nothing to wait for.
     pub(super) fn is_settled(&self) -> bool {
         !matches!(self.lane, Lane::Draining(_))

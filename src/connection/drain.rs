@@ -114,7 +114,12 @@ async fn quiesce(shell: &Shell, client: &Client, clock: &mut Clock) -> Result<()
         pause = CANCEL_AGAIN;
         look(shell, clock, u64::MAX, &mut cancelled).await?;
     }
-    let number = shell.core().enqueue_fence();
+    let number = {
+        let mut core = shell.core();
+        let number = core.enqueue_fence();
+        // What the raw client was used for is not counted.
+        if core.is_raw() { u64::MAX } else { number }
+    };
     let mut fence = pin!(fence(client));
     let mut pause = GRACE;
     loop {

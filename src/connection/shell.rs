@@ -14,7 +14,7 @@ use tokio_postgres::error::{Severity, SqlState};
 use super::core::Core;
 use crate::config::SessionConfig;
 use crate::connect::{Fault, Route, Wire};
-use crate::error::{DriverError, Error};
+use crate::error::{DriverError, Error, ServerError};
 use crate::statements::Statements;
 
 pub(super) const PANICKED: &str = "a panic unwound through it";
@@ -184,7 +184,14 @@ impl Shell {
         match fault {
             Fault::Server(first) if first.is_fatal() => self.lost(ENDED),
             Fault::Server(first) => Error::Aborted(Box::new((**first).clone())),
-            Fault::Abandoned | Fault::Halfway => Error::StatementAbandoned,
+            Fault::Abandoned => Error::StatementAbandoned,
+            Fault::Halfway => Error::Aborted(Box::new(ServerError {
+                fatal: false,
+                code: SqlState::DATA_EXCEPTION,
+                message: "execute_many ended before all of its rows were sent".into(),
+                constraint: None,
+                routine: None,
+            })),
         }
     }
 
