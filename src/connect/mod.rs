@@ -2,8 +2,10 @@
 
 mod ahead;
 mod dial;
+mod place;
 mod wire;
 
 pub(crate) use ahead::Ahead;
 pub(crate) use dial::{Route, dial};
+pub(crate) use place::{Place, Places};
 pub(crate) use wire::{Observed, TransactionStatus, Wire};
