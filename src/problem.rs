@@ -27,8 +27,9 @@ use crate::observe;
 /// );
 /// ```
 ///
-/// What is made from an [`Error`] carries no SQL, no parameter, no row data and no name of a host, table or
-/// constraint: the cause goes to the log, where the request's span tells which request it was.
+/// The body of what is made from an [`Error`] carries no SQL, no parameter, no row data and no name of a host, table or
+/// constraint: the cause goes to the log, where the request's span tells which request it was. `Debug` shows the cause
+/// as [it shows itself](Error#what-quotes-data), without row data too.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Problem {
@@ -108,10 +109,24 @@ impl Problem {
 
     /// Tells the log the cause, which the client is not told: at level error for status 500, warn for 503 and 504, else
     /// debug. The adapters do so; for those who send problems in another way.
+    ///
+    /// The cause as this crate words it, with SQLSTATE, constraint and the server's routine. The server's message may
+    /// quote values, so it is not there: who wants it in a log takes it from [`cause`](Self::cause).
     pub fn log(&self) {
         if let Some(cause) = self.cause() {
-            observe::problem(self.status, &self.code, cause);
+            self.log_as_made_from(cause);
         }
+    }
+
+    pub(crate) fn log_as_made_from(&self, cause: &Error) {
+        observe::problem(
+            self.status,
+            &self.code,
+            &cause.in_our_words(),
+            cause.code().map(|state| state.code()),
+            cause.constraint(),
+            cause.routine(),
+        );
     }
 }
 
