@@ -219,7 +219,6 @@ impl SessionManager {
     }
 
     /// For a caller who is inside.
-
     async fn acquire_within(&self, limit: Duration) -> Result<Session, Error> {
         let Inner { pool, config, waiting, .. } = &*self.inner;
         let span = observe::acquire();

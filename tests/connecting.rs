@@ -194,6 +194,27 @@ async fn closing_does_not_wait_for_a_connect_that_nobody_waits_for() {
 }
 
 #[tokio::test]
+async fn a_caller_whose_connect_is_cut_by_closing_is_turned_away() {
+    let db = Database::new().await;
+    let gate = Gate::open().await;
+    gate.way_in.send_replace(false);
+    let config = gate.config(&db, "late").shutdown_timeout(SHORT).cleanup_timeout(SHORT);
+    let sessions = SessionManager::new(config).unwrap();
+    let acquire = async {
+        let error = sessions.acquire().await.unwrap_err();
+        assert!(error.is_closed(), "{error:?}");
+    };
+    let close = async {
+        while gate.accepted.load(SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(sessions.close().await, 0);
+    };
+    within(async { tokio::join!(acquire, close) }).await;
+    assert_eq!(gate.accepted.load(SeqCst), 1, "none is made for a pool that is closed");
+}
+
+#[tokio::test]
 async fn a_place_is_taken_until_the_server_is_done_with_the_connection() {
     let db = Database::new().await;
     let gate = Gate::open().await;

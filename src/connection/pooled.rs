@@ -155,7 +155,7 @@ impl ConnectionManager {
         }
         self.start(&here);
         arrival.made().await.unwrap_or_else(|| {
-            let cause = ConnectCause::Refused("the runtime is shutting down".into());
+            let cause = ConnectCause::Refused("the pool is closed, or the runtime is shutting down".into());
             Err(Arc::new(ConnectError { target: self.config.targets(), phase: "starting", cause }))
         })
     }
@@ -167,11 +167,16 @@ impl ConnectionManager {
         let (begins, begun) = oneshot::channel();
         let connect = async move {
             drop(begins);
-            attempt.end(connect(config, register).await.map(Box::new).map_err(Arc::new));
+            attempt.end(connect(config, register).await.map_err(Arc::new));
         };
         let mut tasks = lock(&self.tasks);
         while tasks.try_join_next().is_some() {}
-        tasks.spawn_on(connect, runtime);
+        if lock(&self.arrivals.hall).closed {
+            drop(tasks);
+            drop(connect); // cut short
+        } else {
+            tasks.spawn_on(connect, runtime);
+        }
         begun
     }
 
@@ -219,7 +224,7 @@ async fn stands_still(begun: Option<oneshot::Receiver<()>>) {
 }
 
 /// What came of a connect.
-type Made = Result<Box<Connection>, Arc<ConnectError>>;
+type Made = Result<Connection, Arc<ConnectError>>;
 
 /// Where connections arrive, and who waits for them: a connect goes on without its caller, and the next one gets it.
 #[derive(Debug, Default)]
@@ -235,7 +240,7 @@ struct Hall {
     /// Callers, in the order in which they came.
     waiting: VecDeque<oneshot::Sender<Made>>,
     /// Connections that nobody was there for.
-    ready: Vec<Box<Connection>>,
+    ready: Vec<Connection>,
     closed: bool,
 }
 
@@ -367,14 +372,14 @@ impl Manager for ConnectionManager {
     type Type = Box<Connection>;
     type Error = Arc<ConnectError>;
 
-    async fn create(&self) -> Made {
+    async fn create(&self) -> Result<Box<Connection>, Self::Error> {
         loop {
             let ready = lock(&self.arrivals.hall).ready.pop();
             match ready {
-                Some(connection) if self.check(&connection).await.is_ok() => return Ok(connection),
+                Some(connection) if self.check(&connection).await.is_ok() => return Ok(Box::new(connection)),
                 Some(_) => {}
                 // Boxed: it is large and seldom needed, and every acquire would carry it along, several times over.
-                None => return Box::pin(self.connect_patiently()).await,
+                None => return Box::pin(self.connect_patiently()).await.map(Box::new),
             }
         }
     }
