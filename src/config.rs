@@ -379,7 +379,8 @@ impl SessionConfig {
         self
     }
 
-    /// How long cancelling, draining and rolling back may take before the connection is closed instead. Default 2 s.
+    /// How long cancelling, draining and rolling back may take before the connection is closed instead, and how long the
+    /// server may then take to close its end before the connection's place is free. Default 2 s.
     #[must_use]
     pub fn cleanup_timeout(mut self, timeout: Duration) -> Self {
         self.cleanup_timeout = timeout;

@@ -25,6 +25,8 @@ struct Gate {
     left: Arc<AtomicUsize>,
     /// New connections get on to the server.
     way_in: watch::Sender<bool>,
+    /// Connections with a number below this do not, whatever is said above.
+    stuck: watch::Sender<usize>,
     /// Clients that have hung up are seen off: the server is told, and the client sees its end.
     way_out: watch::Sender<bool>,
     /// Connections with a number below this pass nothing on any more.
@@ -39,19 +41,24 @@ impl Gate {
             accepted: Arc::default(),
             left: Arc::default(),
             way_in: watch::Sender::new(true),
+            stuck: watch::Sender::new(0),
             way_out: watch::Sender::new(true),
             silenced: watch::Sender::new(0),
         };
         let (accepted, left) = (Arc::clone(&gate.accepted), Arc::clone(&gate.left));
         let (way_in, way_out) = (gate.way_in.subscribe(), gate.way_out.subscribe());
-        let silenced = gate.silenced.subscribe();
+        let (stuck, silenced) = (gate.stuck.subscribe(), gate.silenced.subscribe());
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let number = accepted.fetch_add(1, SeqCst);
                 let (left, mut silenced) = (Arc::clone(&left), silenced.clone());
+                let stuck = stuck.clone();
                 let (mut way_in, mut way_out) = (way_in.clone(), way_out.clone());
                 tokio::spawn(async move {
                     let _ = way_in.wait_for(|open| *open).await;
+                    if number < *stuck.borrow() {
+                        std::future::pending::<()>().await;
+                    }
                     let server = TcpStream::connect(("127.0.0.1", PgServer::shared().unwrap().port())).await;
                     let mut server = server.unwrap();
                     let mut client = client;
@@ -136,6 +143,21 @@ async fn a_connect_goes_on_without_its_caller_and_the_next_one_gets_it() {
     assert!(gate.accepted.load(SeqCst) <= 2, "{} dialled", gate.accepted.load(SeqCst));
     assert_eq!(sessions.status().size, 2);
     drop(held);
+}
+
+#[tokio::test]
+async fn a_connect_that_is_stuck_does_not_keep_others_from_connecting() {
+    let db = Database::new().await;
+    let gate = Gate::open().await;
+    gate.way_in.send_replace(false);
+    let config = gate.config(&db, "stuck").max_size(2).connect_timeout(2 * LIMIT);
+    let config = config.acquire_timeout(Duration::from_millis(100));
+    let sessions = SessionManager::new(config).unwrap();
+    assert!(within(sessions.acquire()).await.unwrap_err().is_timeout());
+    // Only the first stays where it is.
+    gate.stuck.send_replace(gate.accepted.load(SeqCst));
+    gate.way_in.send_replace(true);
+    within(async { while sessions.acquire().await.is_err() {} }).await;
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@ use tokio::time::{sleep, timeout};
 use super::link::Link;
 use super::{Connection, reset};
 use crate::config::SessionConfig;
-use crate::connect::{Places, dial};
+use crate::connect::{Place, Places, dial};
 use crate::error::{ConnectCause, ConnectError, DriverError};
 use crate::retry::jitter;
 use crate::statements::Statements;
@@ -109,9 +109,12 @@ impl ConnectionManager {
         drop::<Vec<_>>(removed);
     }
 
-    /// Ends the connects under way, and the connections that nobody was there for; none is kept from now on.
+    /// Ends the connects under way, and the connections that nobody was there for; none is made from now on.
     pub(crate) fn close(&self) {
-        lock(&self.arrivals.hall).closed = true;
+        let mut hall = lock(&self.arrivals.hall);
+        hall.closed = true;
+        hall.waiting.clear();
+        drop(hall);
         self.retain_ready(|_| false);
         lock(&self.tasks).abort_all();
     }
@@ -141,43 +144,56 @@ impl ConnectionManager {
     /// the runtime of whoever happened to need it first; or here, if home is gone or does not answer.
     async fn connect(&self) -> Made {
         let here = Handle::current();
-        let (mut arrival, wanted) = self.arrivals.expect_one();
-        let begun = wanted.then(|| self.start(self.home.as_ref().unwrap_or(&here)));
-        let first = tokio::select! {
-            made = arrival.made() => made,
-            () = stands_still(begun) => None,
-        };
-        if let Some(made) = first {
-            return made;
+        for runtime in [self.home.as_ref().unwrap_or(&here), &here] {
+            let (mut arrival, wanted) = self.arrivals.expect_one();
+            let stands_still = async {
+                if !wanted {
+                    // Nobody knows how the other one fares.
+                    sleep(HOME_LIMIT).await;
+                }
+                let attempt = Attempt::new(&self.arrivals, self.register.places.take().await);
+                self.start(attempt, runtime).stands_still().await
+            };
+            let made = tokio::select! {
+                made = arrival.made() => made,
+                attempt = stands_still => {
+                    self.start(attempt, &here);
+                    arrival.made().await
+                }
+            };
+            if let Some(made) = made {
+                return made;
+            }
         }
-        if arrival.is_lost() {
-            arrival = self.arrivals.expect_one().0;
-        }
-        self.start(&here);
-        arrival.made().await.unwrap_or_else(|| {
-            let cause = ConnectCause::Refused("the pool is closed, or the runtime is shutting down".into());
-            Err(Arc::new(ConnectError { target: self.config.targets(), phase: "starting", cause }))
-        })
+        let cause = ConnectCause::Refused("the pool is closed, or the runtime is shutting down".into());
+        Err(Arc::new(ConnectError { target: self.config.targets(), phase: "starting", cause }))
     }
 
-    /// Starts a task that makes a connection for whoever waits first once it is there; returns what ends when it begins.
-    fn start(&self, runtime: &Handle) -> oneshot::Receiver<()> {
+    /// Starts a task that makes a connection for whoever waits first once it is there.
+    fn start(&self, attempt: Attempt, runtime: &Handle) -> Started {
         let (config, register) = (Arc::clone(&self.config), Arc::clone(&self.register));
-        let attempt = Attempt::new(&self.arrivals);
+        // If it does not even begin, its place must not be lost either.
+        attempt.place.limit(config.connect_timeout.saturating_add(config.cleanup_timeout));
+        let attempt = Arc::new(Mutex::new(Some(attempt)));
         let (begins, begun) = oneshot::channel();
+        let started = Started { begun, attempt: Arc::clone(&attempt) };
         let connect = async move {
+            let attempt = lock(&attempt).take();
             drop(begins);
-            attempt.end(connect(config, register).await.map_err(Arc::new));
+            if let Some(attempt) = attempt {
+                let made = connect(config, register, &attempt.place).await;
+                attempt.end(made.map_err(Arc::new));
+            }
         };
         let mut tasks = lock(&self.tasks);
         while tasks.try_join_next().is_some() {}
         if lock(&self.arrivals.hall).closed {
             drop(tasks);
-            drop(connect); // cut short
+            drop(lock(&started.attempt).take());
         } else {
             tasks.spawn_on(connect, runtime);
         }
-        begun
+        started
     }
 
     /// Whether a connection may be lent that was made or given back a while ago.
@@ -209,17 +225,23 @@ impl ConnectionManager {
     }
 }
 
-/// Ends if a connect is not begun in time, as where its runtime is blocked, or if it is another's, of which nobody knows
-/// how it fares.
-async fn stands_still(begun: Option<oneshot::Receiver<()>>) {
-    match begun {
-        // It ends when it is dropped.
-        Some(begun) => {
-            if timeout(HOME_LIMIT, begun).await.is_ok() {
-                pending().await
-            }
+/// A connect that was started, and may have begun.
+struct Started {
+    /// Ends when it begins.
+    begun: oneshot::Receiver<()>,
+    attempt: Arc<Mutex<Option<Attempt>>>,
+}
+
+impl Started {
+    /// Takes the attempt back if it does not begin in time, as where its runtime is blocked or gone.
+    async fn stands_still(self) -> Attempt {
+        // It also ends where the task is dropped.
+        let _ = timeout(HOME_LIMIT, self.begun).await;
+        let attempt = lock(&self.attempt).take();
+        match attempt {
+            Some(attempt) => attempt,
+            None => pending().await,
         }
-        None => sleep(HOME_LIMIT).await,
     }
 }
 
@@ -235,8 +257,8 @@ struct Arrivals {
 
 #[derive(Debug, Default)]
 struct Hall {
-    /// Connects that have not come to their end.
-    under_way: usize,
+    /// When those began that have not come to their end, by their place.
+    under_way: HashMap<u64, Instant>,
     /// Callers, in the order in which they came.
     waiting: VecDeque<oneshot::Sender<Made>>,
     /// Connections that nobody was there for.
@@ -245,14 +267,17 @@ struct Hall {
 }
 
 impl Arrivals {
-    /// Waits for a connection; also returns whether there are more callers than connects under way.
+    /// Waits for a connection; also returns whether there are more callers than connects that can be hoped for. One that
+    /// has taken long already may have been sent to a host that is silent.
     fn expect_one(self: &Arc<Self>) -> (Arrival, bool) {
         let (sender, receiver) = oneshot::channel();
         let mut hall = lock(&self.hall);
         hall.waiting.retain(|caller| !caller.is_closed());
-        hall.waiting.push_back(sender);
-        let wanted = hall.waiting.len() > hall.under_way;
-        (Arrival { receiver, arrivals: Arc::clone(self) }, wanted)
+        if !hall.closed {
+            hall.waiting.push_back(sender);
+        }
+        let hopeful = hall.under_way.values().filter(|begun| begun.elapsed() < HOME_LIMIT).count();
+        (Arrival { receiver, arrivals: Arc::clone(self) }, hall.waiting.len() > hopeful)
     }
 
     /// Hands it to who waits first; a connection that nobody waits for is kept.
@@ -281,11 +306,6 @@ impl Arrival {
     async fn made(&mut self) -> Option<Made> {
         (&mut self.receiver).await.ok()
     }
-
-    /// Whether nothing will come any more.
-    fn is_lost(&self) -> bool {
-        self.receiver.is_terminated()
-    }
 }
 
 impl Drop for Arrival {
@@ -298,22 +318,23 @@ impl Drop for Arrival {
     }
 }
 
-/// A connect under way.
+/// A connect under way, which has its place.
 struct Attempt {
     arrivals: Arc<Arrivals>,
+    place: Arc<Place>,
     ended: bool,
 }
 
 impl Attempt {
-    fn new(arrivals: &Arc<Arrivals>) -> Self {
-        lock(&arrivals.hall).under_way += 1;
-        Self { arrivals: Arc::clone(arrivals), ended: false }
+    fn new(arrivals: &Arc<Arrivals>, place: Arc<Place>) -> Self {
+        lock(&arrivals.hall).under_way.insert(place.number(), Instant::now());
+        Self { arrivals: Arc::clone(arrivals), place, ended: false }
     }
 
     fn end(mut self, made: Made) {
         *lock(&self.arrivals.last_error) = made.as_ref().err().cloned();
         self.ended = true;
-        lock(&self.arrivals.hall).under_way -= 1;
+        lock(&self.arrivals.hall).under_way.remove(&self.place.number());
         self.arrivals.hand_over(made);
     }
 }
@@ -323,16 +344,19 @@ impl Drop for Attempt {
     fn drop(&mut self) {
         if !self.ended {
             let mut hall = lock(&self.arrivals.hall);
-            hall.under_way -= 1;
+            hall.under_way.remove(&self.place.number());
             hall.waiting.retain(|caller| !caller.is_closed());
             drop(hall.waiting.pop_front());
         }
     }
 }
 
-async fn connect(config: Arc<SessionConfig>, register: Arc<Register>) -> Result<Connection, ConnectError> {
-    let place = register.places.take().await;
-    let dialled = dial(&config, &place).await?;
+async fn connect(
+    config: Arc<SessionConfig>,
+    register: Arc<Register>,
+    place: &Arc<Place>,
+) -> Result<Connection, ConnectError> {
+    let dialled = dial(&config, place).await?;
     let target = dialled.route.to_string();
     let runtime = Handle::current();
     let mut connection = dialled.connection;
