@@ -82,7 +82,6 @@ use crate::error::Error;
 use crate::health::Health;
 use crate::lazy_session::LazySession;
 use crate::manager::SessionManager;
-use crate::observe;
 use crate::problem::{Problem, Problems};
 use crate::request::{AfterResponse, Ended, RequestTransaction, RequestTransactions, Tx};
 use crate::session::Session;
@@ -141,7 +140,7 @@ impl ResponseError for Error {
 
     fn error_response(&self) -> HttpResponse {
         let problem = Problems::new().describe(self);
-        observe::problem(problem.status(), problem.code(), self);
+        problem.log_as_made_from(self);
         response(&problem)
     }
 }

@@ -20,7 +20,7 @@ use crate::options::TransactionOptions;
 /// | [`max_size`](Self::max_size) | 10 | the field's habit; more connections than the server has cores for rarely helps |
 /// | [`max_waiting`](Self::max_waiting) | unlimited | |
 /// | [`acquire_timeout`](Self::acquire_timeout) | 30 s | behind HTTP, 2–5 s serve better |
-/// | [`connect_timeout`](Self::connect_timeout) | 10 s | name, socket and authentication together |
+/// | [`connect_timeout`](Self::connect_timeout) | 10 s | for each host: socket, authentication and set-up together |
 /// | [`max_lifetime`](Self::max_lifetime) | 30 min, less up to 10 % | spreads reconnects, lets servers be replaced |
 /// | [`idle_timeout`](Self::idle_timeout) | 10 min | |
 /// | [`check_after_idle`](Self::check_after_idle) | 1 s | a connection idle for longer is asked whether it lives |
@@ -58,6 +58,11 @@ pub struct SessionConfig {
     pub(crate) transactions: TransactionOptions,
     tls: Option<Box<str>>,
 }
+
+/// What a server can be given by `max_connections` (`MAX_BACKENDS` in its source).
+const MAX_SIZE_LIMIT: usize = 262_143;
+/// Room for them is made with each connection, and the server's own memory for so many is counted in hundreds of MB.
+const STATEMENT_CACHE_LIMIT: usize = 10_000;
 
 /// What is done to a returned session's state before the next borrower gets it.
 ///
@@ -233,11 +238,13 @@ impl SessionConfig {
                  text instead. Use sslmode=prefer or disable, or a TLS proxy on the same host"
             )));
         }
-        if self.max_size == 0 {
-            return Err(Error::config("max_size must be at least 1"));
-        }
-        if self.statement_cache_capacity == 0 {
-            return Err(Error::config("statement_cache_capacity must be at least 1"));
+        for (name, number, most) in [
+            ("max_size", self.max_size, MAX_SIZE_LIMIT),
+            ("statement_cache_capacity", self.statement_cache_capacity, STATEMENT_CACHE_LIMIT),
+        ] {
+            if !(1..=most).contains(&number) {
+                return Err(Error::config(format!("{name} must be at least 1 and at most {most}")));
+            }
         }
         let hosts = self.postgres.get_hosts().len();
         let addresses = self.postgres.get_hostaddrs().len();
@@ -301,7 +308,8 @@ impl SessionConfig {
         self
     }
 
-    /// The most connections open at once. Default 10; at least 1.
+    /// The most connections that the server has of this manager at once, those that it has not finished closing included.
+    /// Default 10; at least 1 and at most 262143, as for the server's own `max_connections`.
     #[must_use]
     pub fn max_size(mut self, connections: usize) -> Self {
         self.max_size = connections;
@@ -322,7 +330,12 @@ impl SessionConfig {
         self
     }
 
-    /// How long making one connection may take in all: name, socket, authentication, over all hosts. Default 10 s.
+    /// How long making a connection to one host may take: socket, authentication and set-up together, and before that
+    /// finding its address. Default 10 s.
+    ///
+    /// As in libpq it is a limit for each host, and for each address of a host: one that accepts and stays silent is passed
+    /// over after that time, and the next is tried. All of them together are bounded by the caller's
+    /// [`acquire_timeout`](Self::acquire_timeout), which should leave time for more than one.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = timeout;
@@ -352,7 +365,7 @@ impl SessionConfig {
         self
     }
 
-    /// How many prepared statements each connection keeps. Default 100; at least 1.
+    /// How many prepared statements each connection keeps. Default 100; at least 1 and at most 10000.
     #[must_use]
     pub fn statement_cache_capacity(mut self, statements: usize) -> Self {
         self.statement_cache_capacity = statements;
@@ -366,7 +379,8 @@ impl SessionConfig {
         self
     }
 
-    /// How long cancelling, draining and rolling back may take before the connection is closed instead. Default 2 s.
+    /// How long cancelling, draining and rolling back may take before the connection is closed instead, and how long the
+    /// server may then take to close its end before the connection's place is free. Default 2 s.
     #[must_use]
     pub fn cleanup_timeout(mut self, timeout: Duration) -> Self {
         self.cleanup_timeout = timeout;

@@ -15,8 +15,17 @@ use crate::status::Status;
 /// Two machine words, so that it travels cheaply in every `Result`. Ask it questions rather than taking it apart:
 /// [`code`](Self::code), [`constraint`](Self::constraint), [`is_unique_violation`](Self::is_unique_violation) and
 /// their like look through every variant, so they answer the same whether an error came from a statement, from COMMIT
-/// or at the end of ten attempts. Messages are lower-case, carry no parameter values and no row data, and never
-/// repeat their [source](std::error::Error::source).
+/// or at the end of ten attempts. Messages are lower-case and never repeat their [source](std::error::Error::source).
+///
+/// # What quotes data
+///
+/// `Display` is the server's own message where the server refused something, and the server may quote values of the
+/// statement in it: ``invalid input syntax for type uuid: "…"``. So may a [source](std::error::Error::source) that is
+/// not this crate's: what a value's conversion failed with. DETAIL, HINT and CONTEXT, which quote whole rows, are in
+/// [`db_error`](Self::db_error) alone.
+///
+/// `Debug`, and so what `unwrap` and a handler's log print, shows none of that: SQLSTATE, severity, the names of
+/// constraint, table and column, and the server's routine.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -58,7 +67,9 @@ pub enum Error {
 
     /// A statement inside the transaction was dropped before it was answered, so nobody knows what it did, and the
     /// transaction was rolled back. Inside a savepoint that holds until the savepoint is rolled back.
-    #[error("a statement of the transaction was dropped before it was answered; the transaction is rolled back")]
+    #[error(
+        "a statement of the transaction was dropped before it was answered; the transaction is rolled back"
+    )]
     StatementAbandoned,
 
     /// [`query_one`](crate::Connection::query_one) found no row.
@@ -191,6 +202,22 @@ impl Error {
         }
     }
 
+    /// The routine of the server that refused, which tells apart what shares a SQLSTATE.
+    #[cfg(feature = "problem")]
+    pub(crate) fn routine(&self) -> Option<&str> {
+        match self {
+            Self::Aborted(e) => e.routine.as_deref(),
+            Self::RetriesExhausted { source, .. } => source.routine(),
+            _ => self.db_error().and_then(DbError::routine),
+        }
+    }
+
+    /// What happened, for the log: without the server's words, which may quote values, and without addresses.
+    #[cfg(feature = "problem")]
+    pub(crate) fn in_our_words(&self) -> impl fmt::Display + '_ {
+        InOurWords(self)
+    }
+
     fn is(&self, state: &SqlState) -> bool {
         self.code() == Some(state)
     }
@@ -295,19 +322,81 @@ impl Error {
     }
 }
 
+/// An error and what lies behind it, on one line and in words of this crate's or the driver's own.
+#[cfg(feature = "problem")]
+struct InOurWords<'a>(&'a Error);
+
+#[cfg(feature = "problem")]
+impl fmt::Display for InOurWords<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Error::Database(e) => e.in_our_words(f),
+            Error::Connect(e) => e.in_our_words(f),
+            Error::Acquire(e) => {
+                e.fmt(f)?;
+                e.last_connect_error.as_ref().map_or(Ok(()), |e| {
+                    f.write_str(": ")?;
+                    e.in_our_words(f)
+                })
+            }
+            Error::RetriesExhausted { source, .. } => write!(f, "{}: {}", self.0, InOurWords(source)),
+            // Names, numbers and reasons; what the server or a value's conversion said is only their source.
+            other => other.fmt(f),
+        }
+    }
+}
+
 /// The driver's own error, worded so that message and source do not say the same thing twice.
 ///
 /// The driver says "db error" and leaves the rest to its source. Here the message is the server's, with the SQLSTATE
 /// and without DETAIL and HINT, which quote row data; [`inner`](Self::inner) has them. Only a cause that is not the
 /// server's (a value that could not be encoded, say) remains as the source.
-#[derive(Debug)]
+///
+/// The message may quote values; `Debug` shows [what cannot](Error#what-quotes-data).
 pub struct DriverError(pub(crate) tokio_postgres::Error);
 
 impl DriverError {
-    /// The driver's error itself.
+    /// The driver's error itself. Its `Debug` shows all that the server said, row data included.
     #[must_use]
     pub fn inner(&self) -> &tokio_postgres::Error {
         &self.0
+    }
+
+    #[cfg(feature = "problem")]
+    fn in_our_words(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_db_error() {
+            Some(_) => f.write_str("the server refused it"),
+            None => write!(f, "{}", self.0),
+        }
+    }
+}
+
+impl fmt::Debug for DriverError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(e) = self.0.as_db_error() else {
+            let mut debug = f.debug_tuple("DriverError");
+            debug.field(&format_args!("{}", self.0));
+            // Any other cause may be a value's own, and quote it.
+            let cause = std::error::Error::source(&self.0).and_then(|e| e.downcast_ref::<io::Error>());
+            if let Some(cause) = cause {
+                debug.field(&cause.kind());
+            }
+            return debug.finish();
+        };
+        let mut debug = f.debug_struct("DriverError");
+        debug.field("severity", &format_args!("{}", e.severity())).field("code", &e.code().code());
+        let names = [
+            ("constraint", e.constraint()),
+            ("table", e.table()),
+            ("column", e.column()),
+            ("routine", e.routine()),
+        ];
+        for (name, value) in names {
+            if let Some(value) = value {
+                debug.field(name, &value);
+            }
+        }
+        debug.finish()
     }
 }
 
@@ -340,13 +429,27 @@ pub struct CopyError {
     cause: CopyCause,
 }
 
-#[derive(Debug)]
 pub(crate) enum CopyCause {
     Server(DriverError),
     Value(Box<dyn std::error::Error + Sync + Send>),
     FieldCount { fields: usize, columns: usize },
     NoColumn(Box<str>),
     Malformed(&'static str),
+}
+
+impl fmt::Debug for CopyCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Server(e) => fmt::Debug::fmt(e, f),
+            // Its own words may quote the value.
+            Self::Value(_) => f.debug_tuple("Value").finish_non_exhaustive(),
+            Self::FieldCount { fields, columns } => {
+                f.debug_struct("FieldCount").field("fields", fields).field("columns", columns).finish()
+            }
+            Self::NoColumn(column) => f.debug_tuple("NoColumn").field(column).finish(),
+            Self::Malformed(reason) => f.debug_tuple("Malformed").field(reason).finish(),
+        }
+    }
 }
 
 impl CopyError {
@@ -422,7 +525,6 @@ impl BatchPart {
     }
 }
 
-#[derive(Debug)]
 pub(crate) enum BatchCause {
     Refused(DriverError),
     /// The first parameter is 1, as in SQL.
@@ -434,6 +536,21 @@ pub(crate) enum BatchCause {
         given: usize,
         wanted: usize,
     },
+}
+
+impl fmt::Debug for BatchCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(e) => fmt::Debug::fmt(e, f),
+            // Its own words may quote the value.
+            Self::Value { parameter, .. } => {
+                f.debug_struct("Value").field("parameter", parameter).finish_non_exhaustive()
+            }
+            Self::ParameterCount { given, wanted } => {
+                f.debug_struct("ParameterCount").field("given", given).field("wanted", wanted).finish()
+            }
+        }
+    }
 }
 
 impl BatchError {
@@ -494,7 +611,9 @@ impl std::error::Error for BatchError {
 ///
 /// The driver hands an error only to the future that waits for it; this one is there even if that future was dropped,
 /// as by `try_join!`, so the first cause of an aborted transaction is never lost.
-#[derive(Clone, Debug)]
+///
+/// The message may quote values; `Debug` shows [what cannot](Error#what-quotes-data).
+#[derive(Clone)]
 pub struct ServerError {
     pub(crate) fatal: bool,
     pub(crate) code: SqlState,
@@ -510,7 +629,7 @@ impl ServerError {
         &self.code
     }
 
-    /// The server's primary message.
+    /// The server's primary message; it may quote values of the statement.
     #[must_use]
     pub fn message(&self) -> &str {
         &self.message
@@ -526,6 +645,19 @@ impl ServerError {
     #[must_use]
     pub fn is_fatal(&self) -> bool {
         self.fatal
+    }
+}
+
+impl fmt::Debug for ServerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("ServerError");
+        debug.field("fatal", &self.fatal).field("code", &self.code.code());
+        for (name, value) in [("constraint", &self.constraint), ("routine", &self.routine)] {
+            if let Some(value) = value {
+                debug.field(name, value);
+            }
+        }
+        debug.finish()
     }
 }
 
@@ -634,6 +766,17 @@ impl ConnectError {
         match &self.cause {
             ConnectCause::Driver(e) => e.0.code(),
             _ => None,
+        }
+    }
+
+    #[cfg(feature = "problem")]
+    fn in_our_words(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "could not connect ({}): ", self.phase)?;
+        match &self.cause {
+            ConnectCause::Io(e) => write!(f, "{e}"),
+            ConnectCause::Driver(e) => e.in_our_words(f),
+            ConnectCause::TimedOut(after) => write!(f, "no answer within {after:?}"),
+            ConnectCause::Refused(why) => f.write_str(why),
         }
     }
 }

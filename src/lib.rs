@@ -75,7 +75,8 @@
 //!
 //! # Logging
 //!
-//! Spans and events go to `tracing` under the target `pg_session`, without SQL and without parameters:
+//! Spans and events go to `tracing` under the target `pg_session`, without SQL, without parameters and without the
+//! server's messages, [which may quote values](Error#what-quotes-data):
 //!
 //! | span | level | fields |
 //! |---|---|---|

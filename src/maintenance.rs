@@ -13,7 +13,7 @@ use crate::connection::{Connection, ConnectionManager};
 /// Idle connections are looked at no more often and no less often than this.
 const INTERVAL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
 
-/// Closes connections that were idle, or are alive, for too long. Runs while there is a pool.
+/// Closes connections that were idle, or are alive, for too long. Ends with the pool.
 #[derive(Debug, Default)]
 pub(crate) struct Maintenance {
     task: Mutex<Option<JoinHandle<()>>>,
@@ -37,6 +37,18 @@ impl Maintenance {
             *task = Some(started);
         }
     }
+
+    pub(crate) fn stop(&self) {
+        if let Some(task) = self.task.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            task.abort();
+        }
+    }
+}
+
+impl Drop for Maintenance {
+    fn drop(&mut self) {
+        self.stop();
+    }
 }
 
 async fn run(pool: WeakPool<ConnectionManager>, interval: Duration, idle_timeout: Option<Duration>) {
@@ -49,5 +61,6 @@ async fn run(pool: WeakPool<ConnectionManager>, interval: Duration, idle_timeout
         let Some(pool) = pool.upgrade().filter(|pool| !pool.is_closed()) else { return };
         let now = Instant::now();
         drop(pool.retain(|connection, _| keep(connection, now)).removed);
+        pool.manager().retain_ready(|connection| keep(connection, now));
     }
 }

@@ -4,13 +4,17 @@ use std::fmt;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicUsize,
+    Ordering::{Relaxed, SeqCst},
+};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use deadpool::Runtime;
 use deadpool::managed::{Object, Pool, PoolConfig, PoolError, QueueMode, Timeouts};
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
@@ -51,6 +55,65 @@ struct Inner {
     config: Arc<SessionConfig>,
     waiting: AtomicUsize,
     maintenance: Maintenance,
+    door: Door,
+}
+
+impl Inner {
+    /// Nothing is lent any more, and nothing is left at work.
+    fn shut(&self) {
+        self.pool.close();
+        self.pool.manager().close();
+        self.maintenance.stop();
+    }
+}
+
+/// Lets callers in until closing begins; those who are in by then are served.
+#[derive(Debug, Default)]
+struct Door {
+    closed: AtomicBool,
+    inside: AtomicUsize,
+    left: Notify,
+}
+
+impl Door {
+    /// Lets a caller in, until the guest is dropped.
+    fn enter(&self) -> Option<Guest<'_>> {
+        self.inside.fetch_add(1, SeqCst);
+        let guest = Guest(self);
+        // Counted first: who closes the door either sees the guest or is seen.
+        (!self.closed.load(SeqCst)).then_some(guest)
+    }
+
+    /// Waits until nobody is inside.
+    async fn empty(&self) {
+        loop {
+            let mut left = pin!(self.left.notified());
+            left.as_mut().enable();
+            if self.inside.load(SeqCst) == 0 {
+                return;
+            }
+            left.await;
+        }
+    }
+}
+
+struct Guest<'a>(&'a Door);
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        if self.0.inside.fetch_sub(1, SeqCst) == 1 && self.0.closed.load(SeqCst) {
+            self.0.left.notify_waiters();
+        }
+    }
+}
+
+/// Shuts the pool down when it is dropped: closing that is given up has closed it all the same.
+struct Shut<'a>(&'a Inner);
+
+impl Drop for Shut<'_> {
+    fn drop(&mut self) {
+        self.0.shut();
+    }
 }
 
 /// Makes a [`SessionManager`] from a configuration; from [`SessionManager::builder`].
@@ -93,8 +156,8 @@ impl SessionManagerBuilder {
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(|e| Error::config(e.to_string()))?;
-        let maintenance = Maintenance::default();
-        let inner = Inner { pool, config, waiting: AtomicUsize::new(0), maintenance };
+        let (maintenance, door) = (Maintenance::default(), Door::default());
+        let inner = Inner { pool, config, waiting: AtomicUsize::new(0), maintenance, door };
         Ok(SessionManager { inner: Arc::new(inner) })
     }
 }
@@ -142,13 +205,20 @@ impl SessionManager {
     ///
     /// # Cancel safety
     ///
-    /// Dropped, it takes nothing: the place in the queue, or the connection being made, is given up.
+    /// Dropped, it takes nothing: the place in the queue is given up. A connection that is being made is made all the
+    /// same, and is there for the next caller.
     #[doc(alias = "get")]
     #[doc(alias = "checkout")]
     pub async fn acquire(&self) -> Result<Session, Error> {
+        let _guest = self.enter()?;
         self.acquire_within(self.inner.config.acquire_timeout).await
     }
 
+    fn enter(&self) -> Result<Guest<'_>, Error> {
+        self.inner.door.enter().ok_or_else(|| self.refused(AcquirePhase::Closed, Duration::ZERO))
+    }
+
+    /// For a caller who is inside.
     async fn acquire_within(&self, limit: Duration) -> Result<Session, Error> {
         let Inner { pool, config, waiting, .. } = &*self.inner;
         let span = observe::acquire();
@@ -165,6 +235,10 @@ impl SessionManager {
             Poll::Pending => {
                 let started = Instant::now();
                 let waiter = (!placed.load(Relaxed)).then(|| Counted::new(waiting));
+                if waiter.is_none() {
+                    // The connection may come without this caller.
+                    self.inner.maintenance.ensure_running(pool, config);
+                }
                 if let (Some((_, before)), Some(limit)) = (&waiter, config.max_waiting) {
                     if *before >= limit {
                         return Err(self.refused(AcquirePhase::TooManyWaiters, Duration::ZERO));
@@ -188,14 +262,15 @@ impl SessionManager {
 
     fn not_lent(&self, error: PoolError<Arc<ConnectError>>, waited: Duration) -> Error {
         match error {
-            PoolError::Backend(e) => Error::Connect(e),
-            PoolError::Closed => self.refused(AcquirePhase::Closed, waited),
+            // Cut short, it may have failed with nothing to say.
+            PoolError::Backend(e) if !self.inner.pool.is_closed() => Error::Connect(e),
+            PoolError::Closed | PoolError::Backend(_) => self.refused(AcquirePhase::Closed, waited),
             _ => self.refused(AcquirePhase::Waiting, waited),
         }
     }
 
     fn refused(&self, phase: AcquirePhase, waited: Duration) -> Error {
-        let phase = if self.is_closed() { AcquirePhase::Closed } else { phase };
+        let phase = if self.inner.pool.is_closed() { AcquirePhase::Closed } else { phase };
         let last_connect_error = self.inner.pool.manager().last_error();
         let error = Error::Acquire(Box::new(AcquireError {
             phase,
@@ -254,6 +329,8 @@ impl SessionManager {
     {
         let mut run = Run::new(options);
         let span = run.span();
+        // To its end, pauses included: closing waits for it.
+        let _guest = self.enter()?;
         let attempts = async {
             loop {
                 let limit = self.inner.config.acquire_timeout;
@@ -336,29 +413,39 @@ impl SessionManager {
     #[must_use]
     pub fn status(&self) -> Status {
         let pool = self.inner.pool.status();
-        let connecting = self.inner.pool.manager().connecting();
+        let manager = self.inner.pool.manager();
+        let (connecting, ready) = (manager.connecting(), manager.ready());
         Status {
             max_size: pool.max_size,
-            size: pool.size,
-            idle: pool.available,
+            size: pool.size + ready,
+            idle: pool.available + ready,
             in_use: pool.size.saturating_sub(pool.available),
             connecting,
             waiting: pool.waiting.saturating_sub(connecting),
         }
     }
 
-    /// Closes the pool: nobody gets a session any more, idle connections are closed, and lent ones as they come back.
+    /// Closes the pool: newcomers are turned away. Callers who wait for a session already, and units of work under way,
+    /// are still served; then idle connections are closed, and lent ones as they come back.
     ///
-    /// Waits for those, up to [`shutdown_timeout`](SessionConfig::shutdown_timeout); then cancels what they run and
-    /// closes them under their borrowers. Returns how many had to be cut. May be called more than once.
+    /// Waits for all of that, and for the server to be done with the connections, up to
+    /// [`shutdown_timeout`](SessionConfig::shutdown_timeout); then turns away who still waits, cancels what is running
+    /// and closes connections under their borrowers. Returns how many had to be cut. May be called more than once.
     ///
     /// # Cancel safety
     ///
-    /// Dropped, the pool is closed, and lent sessions are left alone.
+    /// Dropped, the pool is closed, callers who still wait are turned away, and lent sessions are left alone.
     pub async fn close(&self) -> usize {
-        self.inner.pool.close();
-        let register = self.inner.pool.manager().register();
-        match timeout(self.inner.config.shutdown_timeout, register.empty()).await {
+        let inner = &*self.inner;
+        inner.door.closed.store(true, SeqCst);
+        let shut = Shut(inner);
+        let register = inner.pool.manager().register();
+        let drained = async move {
+            inner.door.empty().await;
+            drop(shut);
+            register.empty().await;
+        };
+        match timeout(inner.config.shutdown_timeout, drained).await {
             Ok(()) => 0,
             Err(_) => register.cut("the session manager was closed"),
         }
@@ -367,7 +454,7 @@ impl SessionManager {
     /// Whether [`close`](Self::close) was called.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.inner.pool.is_closed()
+        self.inner.door.closed.load(Relaxed)
     }
 }
 

@@ -14,10 +14,11 @@
 //! | a returned connection needed repair | debug | – |
 //! | a cancel request failed | debug | `error` |
 //! | an `on_commit` hook panicked | error | – |
-//! | an error became an HTTP response | error (500), warn (503, 504), debug | `status`, `code`, `error` with its sources |
+//! | an error became an HTTP response | error (500), warn (503, 504), debug | `status`, `code`, `error`, `sqlstate`, `constraint`, `routine` |
 //!
-//! No SQL, no parameter, no setting's value and no address is in any of them. All have the target `pg_session`. The
-//! driver logs SQL *and parameters* through the `log` crate at debug level under `tokio_postgres`: keep that filtered.
+//! No SQL, no parameter, no setting's value, no address and no message of the server's, which may quote values, is in any
+//! of them: `error` is worded here. All have the target `pg_session`. The driver logs SQL *and parameters* through the
+//! `log` crate at debug level under `tokio_postgres`: keep that filtered.
 
 use std::fmt;
 use std::time::Duration;
@@ -94,29 +95,18 @@ pub(crate) fn hook_panicked() {
 }
 
 #[cfg(feature = "problem")]
-pub(crate) fn problem(status: u16, code: &str, cause: &dyn std::error::Error) {
-    let error = Chain(cause);
+pub(crate) fn problem(
+    status: u16,
+    code: &str,
+    error: &dyn fmt::Display,
+    sqlstate: Option<&str>,
+    constraint: Option<&str>,
+    routine: Option<&str>,
+) {
     const MESSAGE: &str = "an error became an HTTP response";
     match status {
-        503 | 504 => warn!(target: TARGET, status, code, %error, "{MESSAGE}"),
-        500.. => error!(target: TARGET, status, code, %error, "{MESSAGE}"),
-        _ => debug!(target: TARGET, status, code, %error, "{MESSAGE}"),
-    }
-}
-
-/// An error and what lies behind it, on one line.
-#[cfg(feature = "problem")]
-struct Chain<'a>(&'a dyn std::error::Error);
-
-#[cfg(feature = "problem")]
-impl fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = self.0.source();
-        while let Some(cause) = source {
-            write!(f, ": {cause}")?;
-            source = cause.source();
-        }
-        Ok(())
+        503 | 504 => warn!(target: TARGET, status, code, %error, sqlstate, constraint, routine, "{MESSAGE}"),
+        500.. => error!(target: TARGET, status, code, %error, sqlstate, constraint, routine, "{MESSAGE}"),
+        _ => debug!(target: TARGET, status, code, %error, sqlstate, constraint, routine, "{MESSAGE}"),
     }
 }

@@ -27,8 +27,9 @@ use crate::observe;
 /// );
 /// ```
 ///
-/// What is made from an [`Error`] carries no SQL, no parameter, no row data and no name of a host, table or
-/// constraint: the cause goes to the log, where the request's span tells which request it was.
+/// The body of what is made from an [`Error`] carries no SQL, no parameter, no row data and no name of a host, table or
+/// constraint: the cause goes to the log, where the request's span tells which request it was. `Debug` shows the cause
+/// as [it shows itself](Error#what-quotes-data), without row data too.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Problem {
@@ -75,7 +76,7 @@ impl Problem {
     /// The value of the `Retry-After` header, in whole seconds, if the same request may well succeed later.
     #[must_use]
     pub fn retry_after(&self) -> Option<u64> {
-        self.retry_after.map(|after| after.as_secs() + u64::from(after.subsec_nanos() > 0))
+        self.retry_after.map(|after| after.as_secs().saturating_add(u64::from(after.subsec_nanos() > 0)))
     }
 
     /// The error it was made from.
@@ -108,10 +109,24 @@ impl Problem {
 
     /// Tells the log the cause, which the client is not told: at level error for status 500, warn for 503 and 504, else
     /// debug. The adapters do so; for those who send problems in another way.
+    ///
+    /// The cause as this crate words it, with SQLSTATE, constraint and the server's routine. The server's message may
+    /// quote values, so it is not there: who wants it in a log takes it from [`cause`](Self::cause).
     pub fn log(&self) {
         if let Some(cause) = self.cause() {
-            observe::problem(self.status, &self.code, cause);
+            self.log_as_made_from(cause);
         }
+    }
+
+    pub(crate) fn log_as_made_from(&self, cause: &Error) {
+        observe::problem(
+            self.status,
+            &self.code,
+            &cause.in_our_words(),
+            cause.code().map(|state| state.code()),
+            cause.constraint(),
+            cause.routine(),
+        );
     }
 }
 
@@ -151,6 +166,8 @@ impl std::error::Error for Problem {
 /// | no connection, or it was lost; the server is starting, stopping, full or a standby (classes 08, 53, 57P01–57P05, 25006) | 503 | `database_unavailable` | 1 s |
 /// | a deadline, `statement_timeout` and the like (57014, 25P03, 25P04) | 504 | `timeout` | |
 /// | a commit that was not answered: it may have happened (40003, 08007) | 500 | `commit_unknown` | never |
+/// | the connection was lost with a statement outside a transaction under way: it may have happened | 500 | `outcome_unknown` | never |
+/// | `query_one` found no row | 404 | `not_found` | |
 /// | anything else | 500 | `internal` | |
 ///
 /// A service changes a line where it disagrees, and gives its constraints names that its clients understand. As a layer
@@ -268,11 +285,17 @@ impl Line {
     }
 
     fn of(error: &Error) -> Self {
+        if let Error::RetriesExhausted { source, .. } = error {
+            return Self::of(source);
+        }
         const UNAVAILABLE: Line = Line::busy("database_unavailable", "the database cannot be reached now");
         const INTERNAL: Line = Line::refused(500, "internal", "something went wrong on the server");
         const TIMEOUT: Line = Line::refused(504, "timeout", "the request took too long and was given up");
         match error {
-            Error::CommitUnknown(_) => return Self::UNKNOWN,
+            Error::CommitUnknown(_) => return Self::COMMIT_UNKNOWN,
+            // Repeated, it could happen twice.
+            e if e.is_outcome_unknown() => return Self { code: "outcome_unknown", ..Self::COMMIT_UNKNOWN },
+            Error::NoRow => return Self::refused(404, "not_found", "there is no such thing"),
             Error::DeadlineExceeded { .. } => return TIMEOUT,
             Error::Acquire(e) => match e.phase() {
                 AcquirePhase::Closed => return Self::busy("shutting_down", "the service is shutting down"),
@@ -305,7 +328,7 @@ impl Line {
             "40001" | "40P01" => Self::busy("contention", "too many requests changed the same data at once"),
             "55P03" => Self::busy("lock_not_available", "the data is in use by another request"),
             "57014" | "25P03" | "25P04" => TIMEOUT,
-            "40003" | "08007" => Self::UNKNOWN,
+            "40003" | "08007" => Self::COMMIT_UNKNOWN,
             "25006" | "57P01" | "57P02" | "57P03" | "57P04" | "57P05" => UNAVAILABLE,
             state if state.starts_with("08") || state.starts_with("53") => UNAVAILABLE,
             _ if matches!(error, Error::Connect(_)) || error.is_connection_lost() => UNAVAILABLE,
@@ -313,7 +336,7 @@ impl Line {
         }
     }
 
-    const UNKNOWN: Self = Self::refused(
+    const COMMIT_UNKNOWN: Self = Self::refused(
         500,
         "commit_unknown",
         "the request may or may not have taken effect; look before repeating it",
@@ -353,14 +376,22 @@ mod tests {
     use crate::status::Status;
     use tokio_postgres::error::SqlState;
 
-    fn aborted(code: &str) -> Error {
-        Error::Aborted(Box::new(ServerError {
+    fn server(code: &str) -> ServerError {
+        ServerError {
             fatal: false,
             code: SqlState::from_code(code),
             message: "secret \"message\" of db.example.com".into(),
             constraint: Some("users_email_key".into()),
             routine: None,
-        }))
+        }
+    }
+
+    fn aborted(code: &str) -> Error {
+        Error::Aborted(Box::new(server(code)))
+    }
+
+    fn fatal(code: &str) -> Option<Arc<ServerError>> {
+        Some(Arc::new(ServerError { fatal: true, ..server(code) }))
     }
 
     fn acquire(phase: AcquirePhase) -> Error {
@@ -376,7 +407,8 @@ mod tests {
     #[test]
     fn every_line_of_the_table_is_as_documented() {
         let unknown = || Error::CommitUnknown(Box::new(CommitUnknown { reason: "cut", server: None }));
-        let exhausted = |code| Error::RetriesExhausted { attempts: 10, source: Box::new(aborted(code)) };
+        let after_retries = |error| Error::RetriesExhausted { attempts: 10, source: Box::new(error) };
+        let exhausted = |code| after_retries(aborted(code));
         let late = Error::DeadlineExceeded { after: Duration::from_secs(1), attempts: 1 };
         let cases = [
             (aborted("23505"), 409, "unique_violation", None),
@@ -406,6 +438,17 @@ mod tests {
             (aborted("40003"), 500, "commit_unknown", None),
             (aborted("42P01"), 500, "internal", None),
             (aborted("42501"), 500, "internal", None),
+            (Error::unanswered("gone", None), 500, "outcome_unknown", None),
+            (Error::unanswered("gone", fatal("57P01")), 500, "outcome_unknown", None),
+            (Error::unanswered("gone", fatal("08006")), 500, "outcome_unknown", None),
+            (Error::lost("gone", fatal("57P01")), 503, "database_unavailable", Some(1)),
+            (after_retries(Error::unanswered("gone", None)), 500, "outcome_unknown", None),
+            (after_retries(unknown()), 500, "commit_unknown", None),
+            (Error::NoRow, 404, "not_found", None),
+            (after_retries(Error::NoRow), 404, "not_found", None),
+            (Error::TooManyRows, 500, "internal", None),
+            (Error::Busy, 500, "internal", None),
+            (Error::StatementAbandoned, 500, "internal", None),
             (Error::StreamOpen, 500, "internal", None),
             (Error::config("x"), 500, "internal", None),
         ];

@@ -200,7 +200,7 @@ impl Drop for Session {
             Verdict::Repair => {
                 observe::connection_repairing();
                 let runtime = custody.connection().runtime();
-                // Dropped unfinished, as when the runtime is shut down, the custody closes the connection.
+                // Dropped unfinished, as when the runtime is shut down, the custody closes the connection at once.
                 runtime.spawn(async move {
                     match custody.connection().repair().await {
                         Ok(()) => custody.give_back(Instant::now()),
@@ -230,20 +230,21 @@ impl Custody {
         }
     }
 
+    /// Closes the connection; its place counts as taken until the server is done with it.
     fn close(mut self, reason: &'static str) {
-        self.close_now(reason);
-    }
-
-    fn close_now(&mut self, reason: &'static str) {
-        if let Some(object) = self.object.take() {
-            observe::connection_closed(reason);
-            Object::take(object).close(reason);
-        }
+        observe::connection_closed(reason);
+        let runtime = self.connection().runtime();
+        runtime.spawn(async move {
+            self.connection().close_and_wait(reason).await;
+            drop(self.object.take().map(Object::take));
+        });
     }
 }
 
 impl Drop for Custody {
     fn drop(&mut self) {
-        self.close_now("its repair was cut short");
+        if let Some(object) = self.object.take() {
+            Object::take(object).close("it was cut short");
+        }
     }
 }

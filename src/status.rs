@@ -12,9 +12,9 @@ pub struct Status {
     pub size: usize,
     /// Connections that wait in the pool to be lent.
     pub idle: usize,
-    /// Connections that are lent, or being repaired after they were.
+    /// Connections that are lent, or being repaired or closed after they were.
     pub in_use: usize,
-    /// Connections being made, each for a caller of its own.
+    /// Callers that wait for a connection to be made, or for a place for it.
     pub connecting: usize,
     /// Callers that wait for a session to come back.
     pub waiting: usize,

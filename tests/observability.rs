@@ -135,7 +135,7 @@ async fn what_a_client_is_not_told_is_in_the_log() {
     assert!(log.has(&["event pg_session DEBUG", "status=409", "code=\"unique_violation\"", "t_pkey"]));
     let broken = session.execute("SELECT 1 FROM nowhere", &[]).await.unwrap_err();
     Problems::new().problem(broken).log();
-    assert!(log.has(&["event pg_session ERROR", "status=500", "nowhere", "42P01"]));
+    assert!(log.has(&["event pg_session ERROR", "status=500", "42P01", "routine=\"parserOpenTable\""]));
     let busy = db.sessions();
     busy.close().await;
     Problem::from(busy.acquire().await.unwrap_err()).log();

@@ -14,7 +14,7 @@ use std::time::Duration;
 use common::proxy::Proxy;
 use common::{Database, until_returned, within};
 use pg_session::testing::PgServer;
-use pg_session::{AcquirePhase, Error, SessionConfig, SessionManager};
+use pg_session::{AcquirePhase, Error, RetryPolicy, SessionConfig, SessionManager, TransactionOptions};
 
 const SHORT: Duration = Duration::from_millis(50);
 
@@ -364,17 +364,14 @@ async fn connections_grow_old_and_idle_ones_are_closed() {
 }
 
 #[tokio::test]
-async fn closing_waits_for_sessions_and_turns_the_others_away() {
+async fn closing_waits_for_sessions_and_turns_newcomers_away() {
     let db = Database::new().await;
     let sessions = SessionManager::new(db.config().max_size(2).application_name("closing")).unwrap();
     drop((sessions.acquire().await.unwrap(), sessions.acquire().await.unwrap()));
     let held = sessions.acquire().await.unwrap();
     let other = sessions.acquire().await.unwrap();
-    let mut waiter = Box::pin(sessions.acquire());
-    start(&mut waiter).await;
     let mut closing = Box::pin(sessions.close());
     start(&mut closing).await;
-    assert!(within(waiter).await.unwrap_err().is_closed());
     let late = sessions.acquire().await.unwrap_err();
     assert!(late.is_closed() && sessions.is_closed());
     assert_eq!(late.to_string(), "the session manager is closed");
@@ -387,6 +384,123 @@ async fn closing_waits_for_sessions_and_turns_the_others_away() {
     assert_eq!(within(closing).await, 0);
     db.until("NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = 'closing')").await;
     assert_eq!(within(sessions.close()).await, 0);
+}
+
+#[tokio::test]
+async fn callers_who_wait_when_closing_begins_are_still_served() {
+    let db = Database::new().await;
+    let sessions = db.single();
+    let held = sessions.acquire().await.unwrap();
+    let mut waiters: Vec<_> = (0..3).map(|_| Box::pin(sessions.acquire())).collect();
+    for waiter in &mut waiters {
+        start(waiter).await;
+    }
+    let mut closing = Box::pin(sessions.close());
+    start(&mut closing).await;
+    assert!(sessions.acquire().await.unwrap_err().is_closed(), "a newcomer");
+    drop(held);
+    for waiter in waiters {
+        let session = within(waiter).await.unwrap();
+        session.execute("SELECT 1", &[]).await.unwrap();
+        start(&mut closing).await;
+    }
+    assert_eq!(within(closing).await, 0);
+}
+
+#[tokio::test]
+async fn callers_who_still_wait_when_the_time_for_closing_is_up_are_turned_away() {
+    let db = Database::new().await;
+    let sessions = SessionManager::new(db.config().max_size(1).shutdown_timeout(SHORT)).unwrap();
+    let held = sessions.acquire().await.unwrap();
+    let mut waiter = Box::pin(sessions.acquire());
+    start(&mut waiter).await;
+    assert_eq!(within(sessions.close()).await, 1);
+    assert!(within(waiter).await.unwrap_err().is_closed());
+    drop(held);
+    // So are they if closing is given up, as it closes the pool all the same.
+    let sessions = db.single();
+    let held = sessions.acquire().await.unwrap();
+    let mut waiter = Box::pin(sessions.acquire());
+    start(&mut waiter).await;
+    let mut closing = Box::pin(sessions.close());
+    start(&mut closing).await;
+    drop(closing);
+    assert!(within(waiter).await.unwrap_err().is_closed());
+    held.execute("SELECT 1", &[]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_unit_of_work_that_pauses_before_its_next_attempt_when_closing_begins_is_finished() {
+    let db = Database::new().await;
+    let sessions = db.single();
+    let policy = RetryPolicy::default().base_delay(Duration::from_millis(200));
+    let options = TransactionOptions::new().retry(policy);
+    let attempts = AtomicUsize::new(0);
+    let work = sessions.transaction_with(options, async |tx| {
+        if attempts.fetch_add(1, SeqCst) == 0 {
+            tx.batch_execute("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$").await?;
+        }
+        tx.execute("SELECT 1", &[]).await
+    });
+    let close = async {
+        while attempts.load(SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+        until_returned(&sessions).await;
+        sessions.close().await
+    };
+    let (work, cut) = within(async { tokio::join!(work, close) }).await;
+    assert_eq!((work.unwrap(), cut), (1, 0));
+}
+
+#[tokio::test]
+async fn managers_exchanged_under_load_lose_no_request() {
+    let db = Database::new().await;
+    let current = std::sync::RwLock::new(SessionManager::new(db.config().max_size(2)).unwrap());
+    let clients = async {
+        let work = (0..16).map(|_| async {
+            for _ in 0..20 {
+                // Taken and polled at once, so it waits before its manager is closed.
+                let sessions = current.read().unwrap().clone();
+                sessions.acquire().await.unwrap().execute("SELECT 1", &[]).await.unwrap();
+            }
+        });
+        futures_util::future::join_all(work).await;
+    };
+    let exchange = async {
+        loop {
+            let new = SessionManager::new(db.config().max_size(2)).unwrap();
+            let old = std::mem::replace(&mut *current.write().unwrap(), new);
+            tokio::task::yield_now().await;
+            assert_eq!(old.close().await, 0);
+        }
+    };
+    within(async {
+        tokio::select! { () = clients => {}, () = exchange => {} }
+    })
+    .await;
+}
+
+#[test]
+fn nothing_lives_on_when_a_manager_is_closed_and_dropped() {
+    for close in [true, false] {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let shared = PgServer::shared().unwrap().url();
+        runtime.block_on(async {
+            let sessions = SessionManager::new(shared.parse().unwrap()).unwrap();
+            sessions.ping().await.unwrap();
+            if close {
+                sessions.close().await;
+            }
+            drop(sessions);
+            let alone = async {
+                while tokio::runtime::Handle::current().metrics().num_alive_tasks() > 0 {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(5), alone).await.expect("no task is left");
+        });
+    }
 }
 
 #[tokio::test]

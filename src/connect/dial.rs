@@ -7,17 +7,20 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 #[cfg(unix)]
 use tokio::net::UnixStream;
+use tokio::runtime::Handle;
+use tokio::time::timeout;
 use tokio_postgres::config::{Host, LoadBalanceHosts};
 use tokio_postgres::tls::NoTlsStream;
 use tokio_postgres::{Client, Connection, NoTls};
 
-use super::{Observed, Wire};
+use super::{Observed, Place, Wire};
 use crate::config::{SessionConfig, TargetSessionAttrs};
 use crate::error::{ConnectCause, ConnectError, DriverError};
 
@@ -27,6 +30,8 @@ pub(crate) struct Dialled {
     pub(crate) connection: Connection<Observed<Stream>, NoTlsStream>,
     pub(crate) wire: Arc<Wire>,
     pub(crate) route: Route,
+    /// When the server it is connected to was first tried.
+    pub(crate) started: Instant,
 }
 
 /// The address a connection was made to: a cancel request must go to the same server.
@@ -48,7 +53,7 @@ impl fmt::Display for Route {
 }
 
 impl Route {
-    async fn open(&self, config: &tokio_postgres::Config) -> io::Result<Stream> {
+    async fn open(&self, config: &tokio_postgres::Config) -> io::Result<Socket> {
         match self {
             Self::Tcp(address) => {
                 let stream = TcpStream::connect(address).await?;
@@ -66,10 +71,10 @@ impl Route {
                 }
                 #[cfg(target_os = "linux")]
                 socket.set_tcp_user_timeout(config.get_tcp_user_timeout().copied())?;
-                Ok(Stream::Tcp(stream))
+                Ok(Socket::Tcp(stream))
             }
             #[cfg(unix)]
-            Self::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
+            Self::Unix(path) => Ok(Socket::Unix(UnixStream::connect(path).await?)),
         }
     }
 
@@ -96,13 +101,34 @@ impl Route {
     }
 }
 
-/// Tries the hosts in order until one will do, all within the connect timeout.
-pub(crate) async fn dial(config: &SessionConfig) -> Result<Dialled, ConnectError> {
+/// Tries the hosts in order until one will do, each of their addresses within the connect timeout.
+pub(crate) async fn dial(config: &SessionConfig, place: &Arc<Place>) -> Result<Dialled, ConnectError> {
     let mut progress = Progress { target: config.targets(), phase: "resolving the host" };
-    match tokio::time::timeout(config.connect_timeout, dial_any(config, &mut progress)).await {
-        Ok(result) => result,
-        Err(_) => Err(progress.failed(ConnectCause::TimedOut(config.connect_timeout))),
+    let hosts = hosts(&config.postgres);
+    let passes: &[TargetSessionAttrs] = match config.target {
+        TargetSessionAttrs::PreferStandby => &[TargetSessionAttrs::Standby, TargetSessionAttrs::Any],
+        ref one => std::slice::from_ref(one),
+    };
+    let mut last = None;
+    for target in passes {
+        for (host, port) in &hosts {
+            match dial_host(config, place, host, *port, *target, &mut progress).await {
+                Ok(dialled) => return Ok(dialled),
+                Err(e) => last = Some(e),
+            }
+        }
     }
+    Err(last.unwrap_or_else(|| progress.failed(ConnectCause::Refused("no host is configured".into()))))
+}
+
+/// Takes one step within the connect timeout; longer, it takes no place either.
+async fn in_time<T>(
+    config: &SessionConfig,
+    place: &Place,
+    step: impl Future<Output = T>,
+) -> Result<T, ConnectCause> {
+    place.limit(config.connect_timeout.saturating_add(config.cleanup_timeout));
+    timeout(config.connect_timeout, step).await.map_err(|_| ConnectCause::TimedOut(config.connect_timeout))
 }
 
 /// What is being tried, for the error if time runs out.
@@ -115,24 +141,6 @@ impl Progress {
     fn failed(&self, cause: ConnectCause) -> ConnectError {
         ConnectError { target: self.target.clone(), phase: self.phase, cause }
     }
-}
-
-async fn dial_any(config: &SessionConfig, progress: &mut Progress) -> Result<Dialled, ConnectError> {
-    let hosts = hosts(&config.postgres);
-    let passes: &[TargetSessionAttrs] = match config.target {
-        TargetSessionAttrs::PreferStandby => &[TargetSessionAttrs::Standby, TargetSessionAttrs::Any],
-        ref one => std::slice::from_ref(one),
-    };
-    let mut last = None;
-    for target in passes {
-        for (host, port) in &hosts {
-            match dial_host(config, host, *port, *target, progress).await {
-                Ok(dialled) => return Ok(dialled),
-                Err(e) => last = Some(e),
-            }
-        }
-    }
-    Err(last.unwrap_or_else(|| progress.failed(ConnectCause::Refused("no host is configured".into()))))
 }
 
 /// The hosts with their ports, shuffled if asked for. Where an address is given beside a name, the address is dialled.
@@ -158,6 +166,7 @@ fn hosts(config: &tokio_postgres::Config) -> Vec<(Host, u16)> {
 
 async fn dial_host(
     config: &SessionConfig,
+    place: &Arc<Place>,
     host: &Host,
     port: u16,
     target: TargetSessionAttrs,
@@ -167,9 +176,10 @@ async fn dial_host(
         Host::Tcp(name) => {
             progress.target = format!("{name}:{port}");
             progress.phase = "resolving the host";
-            let addresses = tokio::net::lookup_host((name.as_str(), port))
+            let addresses = in_time(config, place, tokio::net::lookup_host((name.as_str(), port)))
                 .await
-                .map_err(|e| progress.failed(ConnectCause::Io(e)))?;
+                .and_then(|found| found.map_err(ConnectCause::Io))
+                .map_err(|cause| progress.failed(cause))?;
             let mut routes: Vec<_> = addresses.map(Route::Tcp).collect();
             if config.postgres.get_load_balance_hosts() == LoadBalanceHosts::Random {
                 fastrand::shuffle(&mut routes);
@@ -184,7 +194,8 @@ async fn dial_host(
     let mut last = None;
     for route in routes {
         progress.target = route.to_string();
-        match dial_route(config, route, target, progress).await {
+        let dialled = in_time(config, place, dial_route(config, place, route, target, progress)).await;
+        match dialled.unwrap_or_else(|late| Err(progress.failed(late))) {
             Ok(dialled) => return Ok(dialled),
             Err(e) => last = Some(e),
         }
@@ -194,12 +205,15 @@ async fn dial_host(
 
 async fn dial_route(
     config: &SessionConfig,
+    place: &Arc<Place>,
     route: Route,
     target: TargetSessionAttrs,
     progress: &mut Progress,
 ) -> Result<Dialled, ConnectError> {
+    let started = Instant::now();
     progress.phase = "opening the socket";
-    let stream = route.open(&config.postgres).await.map_err(|e| progress.failed(ConnectCause::Io(e)))?;
+    let socket = route.open(&config.postgres).await.map_err(|e| progress.failed(ConnectCause::Io(e)))?;
+    let stream = Stream::new(socket, Arc::clone(place), config.cleanup_timeout);
     progress.phase = "start-up and authentication";
     let wire = Arc::new(Wire::default());
     // The seam for TLS: wrap the stream, and observe what comes out of the wrapping.
@@ -211,7 +225,7 @@ async fn dial_route(
         .map_err(|e| progress.failed(ConnectCause::Driver(DriverError(e))))?;
     progress.phase = "checking the server";
     check_server(&connection, target).map_err(|why| progress.failed(ConnectCause::Refused(why)))?;
-    Ok(Dialled { client, connection, wire, route })
+    Ok(Dialled { client, connection, wire, route, started })
 }
 
 /// Whether the server is new enough and in the role asked for: told from the parameters that servers since 14 report
@@ -238,15 +252,85 @@ where
     if fits { Ok(()) } else { Err(format!("the server is not {wanted}, as target_session_attrs asks")) }
 }
 
+/// The socket of one of a pool's connections. Dropped, it tells the server the end, and keeps its place until the server
+/// has closed its end too, or for so long.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    /// `None` only while being dropped.
+    socket: Option<Socket>,
+    place: Arc<Place>,
+    limit: Duration,
+    runtime: Handle,
+}
+
+impl Stream {
+    fn new(socket: Socket, place: Arc<Place>, limit: Duration) -> Self {
+        Self { socket: Some(socket), place, limit, runtime: Handle::current() }
+    }
+
+    fn with<T>(
+        self: Pin<&mut Self>,
+        poll: impl FnOnce(Pin<&mut Socket>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        match &mut self.get_mut().socket {
+            Some(socket) => poll(Pin::new(socket)),
+            None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        let Some(mut socket) = self.socket.take() else { return };
+        let (place, limit) = (Arc::clone(&self.place), self.limit);
+        // A runtime that is shut down drops this at once.
+        self.runtime.spawn(async move {
+            let _ = timeout(limit, socket.close()).await;
+            drop(socket);
+            drop(place);
+        });
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.with(|socket| socket.poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.with(|socket| socket.poll_write(cx, buf))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(|socket| socket.poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(|socket| socket.poll_shutdown(cx))
+    }
+}
+
 /// A socket of either kind.
 #[derive(Debug)]
-pub(crate) enum Stream {
+enum Socket {
     Tcp(TcpStream),
     #[cfg(unix)]
     Unix(UnixStream),
 }
 
-impl AsyncRead for Stream {
+impl Socket {
+    /// Closes this end, and waits until the other is closed; what still comes is of no use to anyone.
+    async fn close(&mut self) -> io::Result<()> {
+        self.shutdown().await?;
+        let mut rest = [0; 4096];
+        while self.read(&mut rest).await? > 0 {}
+        Ok(())
+    }
+}
+
+impl AsyncRead for Socket {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
@@ -256,7 +340,7 @@ impl AsyncRead for Stream {
     }
 }
 
-impl AsyncWrite for Stream {
+impl AsyncWrite for Socket {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),

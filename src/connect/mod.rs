@@ -4,10 +4,12 @@ mod dial;
 mod flight;
 mod frames;
 mod ledger;
+mod place;
 mod stream;
 mod wire;
 
 pub(crate) use dial::{Route, dial};
 pub(crate) use flight::{Kind, Rows, Step};
+pub(crate) use place::{Place, Places};
 pub(crate) use stream::Observed;
 pub(crate) use wire::{BlockFacts, Fault, TransactionStatus, Wire};

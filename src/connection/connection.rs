@@ -464,20 +464,24 @@ impl Connection {
         Ok(())
     }
 
+    /// Whether something may be running on the server that should be stopped before the connection is closed.
+    pub(super) fn is_left_running(&self) -> bool {
+        let core = self.shell.core();
+        let busy = !core.is_free() || core.is_raw() || self.wire().answered() < self.wire().sent();
+        busy && !core.is_ending()
+    }
+
     /// Closes it for good; first stops what may be running on the server.
     pub(crate) fn close(self, reason: &'static str) {
-        let shell = &self.shell;
-        let cancel = {
-            let mut core = shell.core();
-            let busy = !core.is_free() || core.is_raw() || shell.wire.answered() < shell.wire.sent();
-            let cancel = busy && !core.is_ending();
-            core.lose(reason);
-            cancel
-        };
-        shell.changed();
+        let cancel = self.is_left_running();
+        self.shell.lose(reason);
         if cancel {
-            let shell = Arc::clone(shell);
-            shell.runtime.clone().spawn(async move { shell.cancel_and_hang_up(true).await });
+            let shell = Arc::clone(&self.shell);
+            let client = self.client;
+            shell.runtime.clone().spawn(async move {
+                shell.cancel_and_hang_up(true).await;
+                drop(client);
+            });
         }
     }
 }

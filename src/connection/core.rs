@@ -303,9 +303,11 @@ impl Core {
         self.block = Block::Ending;
     }
 
-    /// The transaction is over on the server.
+    /// The transaction is over. A COMMIT on a connection that was lost over it may still run, and is left alone.
     pub(super) fn end(&mut self) {
-        self.block = Block::None;
+        if !(self.block == Block::Ending && matches!(self.lane, Lane::Lost(_))) {
+            self.block = Block::None;
+        }
     }
 
     /// The transaction was dropped in the middle. Whether draining must be started; `nothing_sent` if its BEGIN never left.

@@ -1,10 +1,10 @@
-//! What deadpool calls to make a connection and to look at one before it is lent again; and the register of all that
-//! are open.
+//! What deadpool calls to make a connection and to look at one before it is lent again; connects that go on without who
+//! asked for them; and the register of all that are open.
 
 use std::cell::Cell;
-use std::collections::HashMap;
-use std::future::poll_fn;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::collections::{HashMap, VecDeque};
+use std::future::{pending, poll_fn};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
@@ -12,20 +12,21 @@ use std::time::{Duration, Instant};
 use deadpool::managed::{Manager, Metrics, RecycleError, RecycleResult};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::connection::Connection;
 use super::reset;
 use super::shell::Shell;
 use crate::config::SessionConfig;
-use crate::connect::dial;
+use crate::connect::{Place, Places, dial};
 use crate::error::{ConnectCause, ConnectError, DriverError};
 use crate::retry::jitter;
 
-/// How long an idle connection may take to show a sign of life.
-const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an idle connection may take to show a sign of life. One that takes longer stands for all that were idle for
+/// as long as it was: what lets go of idle connections, or a server that is gone, spares none of them.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a runtime of one thread may be busy, or left alone, before connections are made elsewhere.
 const HOME_LIMIT: Duration = Duration::from_secs(1);
 /// The first pause after a server that is starting or full; it doubles up to the second.
@@ -55,17 +56,28 @@ pub(crate) struct ConnectionManager {
     /// Where connections are made and driven, unless it is gone.
     home: Option<Handle>,
     connecting: AtomicUsize,
-    last_error: Mutex<Option<Arc<ConnectError>>>,
+    arrivals: Arc<Arrivals>,
+    /// The connects under way. They end with the pool, not with who asked for them.
+    tasks: Mutex<JoinSet<()>>,
+    /// Connections that have been idle since then, or for longer, are dead.
+    dead_since: Mutex<Option<Instant>>,
+}
+
+/// Nothing panics while one of these is held; a poisoned one is as good as any.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl ConnectionManager {
     pub(crate) fn new(config: Arc<SessionConfig>, home: Option<Handle>) -> Self {
         Self {
+            register: Arc::new(Register::new(&config)),
             config,
-            register: Arc::default(),
             home,
             connecting: AtomicUsize::new(0),
-            last_error: Mutex::default(),
+            arrivals: Arc::default(),
+            tasks: Mutex::default(),
+            dead_since: Mutex::default(),
         }
     }
 
@@ -83,89 +95,268 @@ impl ConnectionManager {
         self.connecting.load(Relaxed)
     }
 
+    /// How many connections are ready that nobody was there for.
+    pub(crate) fn ready(&self) -> usize {
+        lock(&self.arrivals.hall).ready.len()
+    }
+
+    /// Keeps only those of them that are still good.
+    pub(crate) fn retain_ready(&self, keep: impl Fn(&Connection) -> bool) {
+        let mut hall = lock(&self.arrivals.hall);
+        let (kept, removed) = hall.ready.drain(..).partition(|connection| keep(connection));
+        hall.ready = kept;
+        drop(hall);
+        drop::<Vec<_>>(removed);
+    }
+
+    /// Ends the connects under way, and the connections that nobody was there for; none is made from now on.
+    pub(crate) fn close(&self) {
+        let mut hall = lock(&self.arrivals.hall);
+        hall.closed = true;
+        hall.waiting.clear();
+        drop(hall);
+        self.retain_ready(|_| false);
+        lock(&self.tasks).abort_all();
+    }
+
     /// The last failure to connect, unless a connection was made since.
     pub(crate) fn last_error(&self) -> Option<Arc<ConnectError>> {
-        self.last_error_slot().clone()
+        lock(&self.arrivals.last_error).clone()
     }
 
-    fn last_error_slot(&self) -> MutexGuard<'_, Option<Arc<ConnectError>>> {
-        self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn connect_patiently(&self) -> Result<Connection, Arc<ConnectError>> {
+    async fn connect_patiently(&self) -> Made {
         let (_connecting, _) = Counted::new(&self.connecting);
         PLACED.set(true);
         let mut pause = CONNECT_PAUSE;
         loop {
             match self.connect().await {
-                Ok(connection) => {
-                    *self.last_error_slot() = None;
-                    return Ok(connection);
-                }
-                Err(e) => {
-                    // A server that is starting (57P03) or full (53300) is worth waiting for; the acquire has a limit.
-                    let busy = e.code().is_some_and(|code| matches!(code.code(), "57P03" | "53300"));
-                    let e = Arc::new(e);
-                    *self.last_error_slot() = Some(Arc::clone(&e));
-                    if !busy {
-                        return Err(e);
-                    }
-                    tokio::time::sleep(pause / 2 + jitter(pause / 2)).await;
+                // A server that is starting (57P03) or full (53300) is worth waiting for; the acquire has a limit.
+                Err(e) if e.code().is_some_and(|code| matches!(code.code(), "57P03" | "53300")) => {
+                    sleep(pause / 2 + jitter(pause / 2)).await;
                     pause = (pause * 2).min(CONNECT_PAUSE_MAX);
                 }
+                made => return made,
             }
         }
     }
 
-    /// Makes a connection at home, so that it does not die with the runtime of whoever happened to need it first; or
-    /// here, if home is gone or does not answer.
-    async fn connect(&self) -> Result<Connection, ConnectError> {
-        if let Some(home) = &self.home {
-            let (task, begun) = self.connect_on(home);
-            if timeout(HOME_LIMIT, begun).await.is_ok() {
-                if let Some(result) = outcome(task).await {
-                    return result;
+    /// Waits for a connect that another caller has left behind, or has one made at home, so that it does not die with
+    /// the runtime of whoever happened to need it first; or here, if home is gone or does not answer.
+    async fn connect(&self) -> Made {
+        let here = Handle::current();
+        for runtime in [self.home.as_ref().unwrap_or(&here), &here] {
+            let (mut arrival, wanted) = self.arrivals.expect_one();
+            let stands_still = async {
+                if !wanted {
+                    // Nobody knows how the other one fares.
+                    sleep(HOME_LIMIT).await;
                 }
+                let attempt = Attempt::new(&self.arrivals, self.register.places.take().await);
+                self.start(attempt, runtime).stands_still().await
+            };
+            let made = tokio::select! {
+                made = arrival.made() => made,
+                attempt = stands_still => {
+                    self.start(attempt, &here);
+                    arrival.made().await
+                }
+            };
+            if let Some(made) = made {
+                return made;
             }
         }
-        let (task, _) = self.connect_on(&Handle::current());
-        outcome(task).await.unwrap_or_else(|| {
-            let cause = ConnectCause::Refused("the runtime is shutting down".into());
-            Err(ConnectError { target: self.config.targets(), phase: "starting", cause })
-        })
+        let cause = ConnectCause::Refused("the pool is closed, or the runtime is shutting down".into());
+        Err(Arc::new(ConnectError { target: self.config.targets(), phase: "starting", cause }))
     }
 
-    /// Starts a task that makes a connection, and is aborted with the set; also returns what ends when it is polled.
-    fn connect_on(
-        &self,
-        runtime: &Handle,
-    ) -> (JoinSet<Result<Connection, ConnectError>>, oneshot::Receiver<()>) {
+    /// Starts a task that makes a connection for whoever waits first once it is there.
+    fn start(&self, attempt: Attempt, runtime: &Handle) -> Started {
         let (config, register) = (Arc::clone(&self.config), Arc::clone(&self.register));
+        // If it does not even begin, its place must not be lost either.
+        attempt.place.limit(config.connect_timeout.saturating_add(config.cleanup_timeout));
+        let attempt = Arc::new(Mutex::new(Some(attempt)));
         let (begins, begun) = oneshot::channel();
-        let mut task = JoinSet::new();
+        let started = Started { begun, attempt: Arc::clone(&attempt) };
         let connect = async move {
+            let attempt = lock(&attempt).take();
             drop(begins);
-            connect(config, register).await
+            if let Some(attempt) = attempt {
+                let made = connect(config, register, &attempt.place).await;
+                attempt.end(made.map_err(Arc::new));
+            }
         };
-        task.spawn_on(connect, runtime);
-        (task, begun)
+        let mut tasks = lock(&self.tasks);
+        while tasks.try_join_next().is_some() {}
+        if lock(&self.arrivals.hall).closed {
+            drop(tasks);
+            drop(lock(&started.attempt).take());
+        } else {
+            tasks.spawn_on(connect, runtime);
+        }
+        started
+    }
+
+    /// Whether a connection may be lent that was made or given back a while ago.
+    async fn check(&self, connection: &Connection) -> Result<(), &'static str> {
+        if !connection.is_usable() {
+            return Err("closed");
+        }
+        let now = Instant::now();
+        let since = connection.idle_since;
+        let idle = now.saturating_duration_since(since);
+        if connection.is_expired(now) || self.config.idle_timeout.is_some_and(|limit| idle > limit) {
+            return Err("expired");
+        }
+        if idle <= self.config.check_after_idle {
+            return Ok(());
+        }
+        if lock(&self.dead_since).is_some_and(|dead| since <= dead) {
+            return Err("idle for as long as one that was dead");
+        }
+        PLACED.set(true);
+        match Box::pin(timeout(CHECK_TIMEOUT, connection.client.check_connection())).await {
+            Ok(answer) => answer.map_err(|_| "dead"),
+            Err(_) => {
+                let mut dead = lock(&self.dead_since);
+                *dead = dead.max(Some(since));
+                Err("silent")
+            }
+        }
     }
 }
 
-/// What came of a connect; nothing if its runtime was shut down.
-async fn outcome(
-    mut task: JoinSet<Result<Connection, ConnectError>>,
-) -> Option<Result<Connection, ConnectError>> {
-    match task.join_next().await? {
-        Ok(result) => Some(result),
-        Err(e) if e.is_panic() => std::panic::resume_unwind(e.into_panic()),
-        Err(_) => None,
+/// A connect that was started, and may have begun.
+struct Started {
+    /// Ends when it begins.
+    begun: oneshot::Receiver<()>,
+    attempt: Arc<Mutex<Option<Attempt>>>,
+}
+
+impl Started {
+    /// Takes the attempt back if it does not begin in time, as where its runtime is blocked or gone.
+    async fn stands_still(self) -> Attempt {
+        // It also ends where the task is dropped.
+        let _ = timeout(HOME_LIMIT, self.begun).await;
+        let attempt = lock(&self.attempt).take();
+        match attempt {
+            Some(attempt) => attempt,
+            None => pending().await,
+        }
     }
 }
 
-async fn connect(config: Arc<SessionConfig>, register: Arc<Register>) -> Result<Connection, ConnectError> {
-    let started = Instant::now();
-    let dialled = dial(&config).await?;
+/// What came of a connect.
+type Made = Result<Connection, Arc<ConnectError>>;
+
+/// Where connections arrive, and who waits for them: a connect goes on without its caller, and the next one gets it.
+#[derive(Debug, Default)]
+struct Arrivals {
+    hall: Mutex<Hall>,
+    last_error: Mutex<Option<Arc<ConnectError>>>,
+}
+
+#[derive(Debug, Default)]
+struct Hall {
+    /// When those began that have not come to their end, by their place.
+    under_way: HashMap<u64, Instant>,
+    /// Callers, in the order in which they came.
+    waiting: VecDeque<oneshot::Sender<Made>>,
+    /// Connections that nobody was there for.
+    ready: Vec<Connection>,
+    closed: bool,
+}
+
+impl Arrivals {
+    /// Waits for a connection; also returns whether there are more callers than connects that can be hoped for. One that
+    /// has taken long already may have been sent to a host that is silent.
+    fn expect_one(self: &Arc<Self>) -> (Arrival, bool) {
+        let (sender, receiver) = oneshot::channel();
+        let mut hall = lock(&self.hall);
+        hall.waiting.retain(|caller| !caller.is_closed());
+        if !hall.closed {
+            hall.waiting.push_back(sender);
+        }
+        let hopeful = hall.under_way.values().filter(|begun| begun.elapsed() < HOME_LIMIT).count();
+        (Arrival { receiver, arrivals: Arc::clone(self) }, hall.waiting.len() > hopeful)
+    }
+
+    /// Hands it to who waits first; a connection that nobody waits for is kept.
+    fn hand_over(&self, mut made: Made) {
+        let mut hall = lock(&self.hall);
+        while let Some(caller) = hall.waiting.pop_front() {
+            match caller.send(made) {
+                Ok(()) => return,
+                Err(back) => made = back,
+            }
+        }
+        if let (Ok(connection), false) = (made, hall.closed) {
+            hall.ready.push(connection);
+        }
+    }
+}
+
+/// A caller's wait for a connection.
+struct Arrival {
+    receiver: oneshot::Receiver<Made>,
+    arrivals: Arc<Arrivals>,
+}
+
+impl Arrival {
+    /// What was made; nothing if the connect was cut short.
+    async fn made(&mut self) -> Option<Made> {
+        (&mut self.receiver).await.ok()
+    }
+}
+
+impl Drop for Arrival {
+    /// What came too late is for the next.
+    fn drop(&mut self) {
+        self.receiver.close();
+        if let Ok(made) = self.receiver.try_recv() {
+            self.arrivals.hand_over(made);
+        }
+    }
+}
+
+/// A connect under way, which has its place.
+struct Attempt {
+    arrivals: Arc<Arrivals>,
+    place: Arc<Place>,
+    ended: bool,
+}
+
+impl Attempt {
+    fn new(arrivals: &Arc<Arrivals>, place: Arc<Place>) -> Self {
+        lock(&arrivals.hall).under_way.insert(place.number(), Instant::now());
+        Self { arrivals: Arc::clone(arrivals), place, ended: false }
+    }
+
+    fn end(mut self, made: Made) {
+        *lock(&self.arrivals.last_error) = made.as_ref().err().cloned();
+        self.ended = true;
+        lock(&self.arrivals.hall).under_way.remove(&self.place.number());
+        self.arrivals.hand_over(made);
+    }
+}
+
+impl Drop for Attempt {
+    /// Cut short, it leaves a caller who has to look elsewhere.
+    fn drop(&mut self) {
+        if !self.ended {
+            let mut hall = lock(&self.arrivals.hall);
+            hall.under_way.remove(&self.place.number());
+            hall.waiting.retain(|caller| !caller.is_closed());
+            drop(hall.waiting.pop_front());
+        }
+    }
+}
+
+async fn connect(
+    config: Arc<SessionConfig>,
+    register: Arc<Register>,
+    place: &Arc<Place>,
+) -> Result<Connection, ConnectError> {
+    let dialled = dial(&config, place).await?;
     let target = dialled.route.to_string();
     let runtime = Handle::current();
     let mut connection = dialled.connection;
@@ -176,7 +367,7 @@ async fn connect(config: Arc<SessionConfig>, register: Arc<Register>) -> Result<
     }));
     let driver = task.abort_handle();
     let client = Arc::new(ClientWrapper::new(dialled.client, task));
-    let left = config.connect_timeout.saturating_sub(started.elapsed());
+    let left = config.connect_timeout.saturating_sub(dialled.started.elapsed());
     let set_up = timeout(left, reset::set_up(&client)).await;
     let failed = |cause| ConnectError { target, phase: "setting up the session", cause };
     let watches_client = match set_up {
@@ -185,13 +376,16 @@ async fn connect(config: Arc<SessionConfig>, register: Arc<Register>) -> Result<
         Err(_) => return Err(failed(ConnectCause::TimedOut(config.connect_timeout))),
     };
     let shell = Arc::new(Shell::new(dialled.wire, Arc::clone(&config), dialled.route, driver, runtime));
+    place.stay();
     let now = Instant::now();
+    // One that would end after the end of time does not end.
+    let expires = config.max_lifetime.and_then(|life| Some(now.checked_add(life)? - jitter(life / 10)));
     Ok(Connection {
         client,
         watches_client,
-        expires: config.max_lifetime.map(|life| now + life - jitter(life / 10)),
+        expires,
         idle_since: now,
-        registration: register.add(&shell),
+        registration: register.add(&shell, place.number()),
         shell,
     })
 }
@@ -202,27 +396,19 @@ impl Manager for ConnectionManager {
     type Error = Arc<ConnectError>;
 
     async fn create(&self) -> Result<Box<Connection>, Self::Error> {
-        // Boxed: it is large and seldom needed, and every acquire would carry it along, several times over.
-        Box::pin(self.connect_patiently()).await.map(Box::new)
+        loop {
+            let ready = lock(&self.arrivals.hall).ready.pop();
+            match ready {
+                Some(connection) if self.check(&connection).await.is_ok() => return Ok(Box::new(connection)),
+                Some(_) => {}
+                // Boxed: it is large and seldom needed, and every acquire would carry it along, several times over.
+                None => return Box::pin(self.connect_patiently()).await.map(Box::new),
+            }
+        }
     }
 
     async fn recycle(&self, connection: &mut Box<Connection>, _: &Metrics) -> RecycleResult<Self::Error> {
-        if !connection.is_usable() {
-            return Err(RecycleError::message("closed"));
-        }
-        let now = Instant::now();
-        let idle = now.saturating_duration_since(connection.idle_since);
-        if connection.is_expired(now) || self.config.idle_timeout.is_some_and(|limit| idle > limit) {
-            return Err(RecycleError::message("expired"));
-        }
-        if idle > self.config.check_after_idle {
-            PLACED.set(true);
-            match Box::pin(timeout(CHECK_TIMEOUT, connection.client.check_connection())).await {
-                Ok(Ok(())) => {}
-                _ => return Err(RecycleError::message("dead")),
-            }
-        }
-        Ok(())
+        self.check(connection).await.map_err(RecycleError::message)
     }
 }
 
@@ -233,6 +419,15 @@ impl Connection {
 
     pub(crate) fn is_expired(&self, now: Instant) -> bool {
         self.expires.is_some_and(|at| at <= now)
+    }
+
+    /// Ends it as [`close`](Self::close) does, and returns when the server is done with it, or has had its time.
+    pub(crate) async fn close_and_wait(&self, reason: &'static str) {
+        let cancel = self.is_left_running();
+        self.shell.lose(reason);
+        self.registration.limit_place();
+        self.shell.cancel_and_hang_up(cancel).await;
+        self.registration.place_freed().await;
     }
 }
 
@@ -253,23 +448,28 @@ impl Drop for Counted<'_> {
     }
 }
 
-/// Every open connection of a pool, lent or not: what closing has to wait for, and may have to cut.
-#[derive(Debug, Default)]
+/// Every open connection of a pool, lent or not: what closing has to wait for, and may have to cut; and the places that
+/// they take, with those that are on their way in or out.
+#[derive(Debug)]
 pub(crate) struct Register {
     open: Mutex<HashMap<u64, Arc<Shell>>>,
-    next: AtomicU64,
-    emptied: Notify,
+    places: Arc<Places>,
+    /// How long a connection that is given up may take to be gone: to be cancelled, and then to be closed.
+    end_limit: Duration,
 }
 
 impl Register {
-    fn open(&self) -> MutexGuard<'_, HashMap<u64, Arc<Shell>>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    fn new(config: &SessionConfig) -> Self {
+        Self {
+            open: Mutex::default(),
+            places: Places::new(config.max_size),
+            end_limit: config.cleanup_timeout.saturating_mul(2),
+        }
     }
 
-    fn add(self: &Arc<Self>, shell: &Arc<Shell>) -> Registration {
-        let id = self.next.fetch_add(1, Relaxed);
-        self.open().insert(id, Arc::clone(shell));
-        Registration { register: Arc::clone(self), id }
+    fn add(self: &Arc<Self>, shell: &Arc<Shell>, place: u64) -> Registration {
+        lock(&self.open).insert(place, Arc::clone(shell));
+        Registration { register: Arc::clone(self), place }
     }
 
     /// A number that no other living pool has.
@@ -277,21 +477,14 @@ impl Register {
         Arc::as_ptr(self) as usize
     }
 
-    /// Waits until none is open.
+    /// Waits until none is open, and the server is done with all of them.
     pub(crate) async fn empty(&self) {
-        loop {
-            let mut emptied = std::pin::pin!(self.emptied.notified());
-            emptied.as_mut().enable();
-            if self.open().is_empty() {
-                return;
-            }
-            emptied.await;
-        }
+        self.places.empty(|| lock(&self.open).is_empty()).await;
     }
 
     /// Cuts all that are open; returns how many.
     pub(crate) fn cut(&self, reason: &'static str) -> usize {
-        let open = self.open();
+        let open = lock(&self.open);
         for shell in open.values() {
             shell.cut(reason);
         }
@@ -303,22 +496,27 @@ impl Register {
 #[derive(Debug)]
 pub(crate) struct Registration {
     register: Arc<Register>,
-    id: u64,
+    place: u64,
 }
 
 impl Registration {
     pub(super) fn pool_id(&self) -> usize {
         self.register.id()
     }
+
+    /// The connection is given up: its place is free in a while, whatever becomes of it.
+    fn limit_place(&self) {
+        self.register.places.limit(self.place, self.register.end_limit);
+    }
+
+    async fn place_freed(&self) {
+        self.register.places.freed(self.place).await;
+    }
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        let mut open = self.register.open();
-        open.remove(&self.id);
-        if open.is_empty() {
-            drop(open);
-            self.register.emptied.notify_waiters();
-        }
+        lock(&self.register.open).remove(&self.place);
+        self.limit_place();
     }
 }
