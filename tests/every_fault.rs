@@ -259,8 +259,9 @@ impl Operation {
             Self::Cancel => {
                 let pid = session.process_id();
                 let sql = "INSERT INTO stored SELECT $1, n FROM generate_series(1, 2) n, pg_sleep(1.5)";
+                let params: [&(dyn postgres_types::ToSql + Sync); 1] = [&key];
                 tokio::select! {
-                    told = session.execute(sql, &[&key]) => told.map(drop),
+                    told = session.execute(sql, &params) => told.map(drop),
                     () = judge.until_sleeping(pid) => Ok(()),
                 }
             }
@@ -457,7 +458,8 @@ impl Worker {
                         stop.then(Then::Pass);
                         break Told::Left;
                     }
-                    stop.then(self.judge.act(case.action, stop.pid).await);
+                    let then = self.judge.act(case.action, stop.pid).await;
+                    stop.then(then);
                 }
                 () = sleep_until(end) => {
                     drop(work);
@@ -471,7 +473,8 @@ impl Worker {
                 _ = &mut back => break,
                 stop = self.middle.stop() => {
                     reached = true;
-                    stop.then(self.judge.act(case.action, stop.pid).await);
+                    let then = self.judge.act(case.action, stop.pid).await;
+                    stop.then(then);
                 }
             }
         }
