@@ -137,8 +137,8 @@ impl fmt::Debug for Case {
 #[derive(Debug)]
 enum Told {
     Done,
-    Refused(Error),
-    Unknown(Error),
+    Refused(#[expect(dead_code, reason = "shown by Debug")] Error),
+    Unknown(#[expect(dead_code, reason = "shown by Debug")] Error),
     /// It did not wait.
     Left,
     Hung,
@@ -428,6 +428,11 @@ impl Worker {
             wrongs.push(format!("told {told:?}, stored {stored:?}"));
         }
         self.middle.disarm();
+        if case.action == Action::Stall {
+            // A connection that stays silent for ever is nothing that the next borrower could be spared.
+            self.middle.cut_all();
+            self.judge.until_at_most(0).await;
+        }
         if let Err(e) = self.serves().await {
             wrongs.push(e);
         }
@@ -501,7 +506,7 @@ impl Worker {
             return Err("afterwards: told that it is stored, and it is not".into());
         }
         drop(session);
-        if !judge.until_alone().await {
+        if !judge.until_at_most(1).await {
             return Err("afterwards: connections are left".into());
         }
         Ok(())

@@ -798,6 +798,80 @@ async fn a_statement_dropped_unfinished_in_a_savepoint_dooms_the_savepoint_only(
 
 // COMMIT, and errors that hide others.
 
+#[derive(Clone, Copy, Debug)]
+enum Insert {
+    Execute,
+    Query,
+    QueryOne,
+    Stream,
+    Text,
+    CopyIn,
+    CopyRowsIn,
+    CopyOut,
+    Batch,
+    Many,
+}
+
+#[tokio::test]
+async fn a_constraint_that_fails_at_the_implicit_commit_is_told_by_every_verb() {
+    let db = database().await;
+    db.run("CREATE TABLE child (id bigint REFERENCES t DEFERRABLE INITIALLY DEFERRED)").await;
+    let sessions = db.single();
+    let mut wrongs = Wrongs::default();
+    const INSERT: &str = "INSERT INTO child VALUES ($1) RETURNING id";
+    for verb in [
+        Insert::Execute,
+        Insert::Query,
+        Insert::QueryOne,
+        Insert::Stream,
+        Insert::Text,
+        Insert::CopyIn,
+        Insert::CopyRowsIn,
+        Insert::CopyOut,
+        Insert::Batch,
+        Insert::Many,
+    ] {
+        let mut session = within(sessions.acquire()).await.unwrap();
+        let work = async {
+            match verb {
+                Insert::Execute => session.execute(INSERT, &[&5i64]).await.map(drop),
+                Insert::Query => session.query(INSERT, &[&5i64]).await.map(drop),
+                Insert::QueryOne => session.query_one(INSERT, &[&5i64]).await.map(drop),
+                Insert::Stream => {
+                    let mut rows = session.query_stream(INSERT, &[&5i64]).await?;
+                    while let Some(row) = rows.next().await {
+                        row?;
+                    }
+                    Ok(())
+                }
+                Insert::Text => session.batch_execute("INSERT INTO child VALUES (5)").await,
+                Insert::CopyIn => {
+                    let mut copy = session.copy_in("COPY child FROM STDIN").await?;
+                    copy.send(Bytes::from_static(b"5\n")).await?;
+                    copy.finish().await.map(drop)
+                }
+                Insert::CopyRowsIn => session.copy_rows_in("child", &["id"]).send([(5i64,)]).await.map(drop),
+                Insert::CopyOut => {
+                    let sql = "COPY (INSERT INTO child VALUES (5) RETURNING id) TO STDOUT";
+                    let mut data = session.copy_out(sql).await?;
+                    while let Some(data) = data.next().await {
+                        data?;
+                    }
+                    Ok(())
+                }
+                Insert::Batch => session.batch().push(INSERT, (5i64,)).run().await.map(drop),
+                Insert::Many => session.execute_many(INSERT, [(5i64,)]).await.map(drop),
+            }
+        };
+        let told = within(work).await;
+        let refused = told.as_ref().is_err_and(Error::is_foreign_key_violation);
+        wrongs.check(refused, format!("{verb:?}: {told:?}"));
+        wrongs.check(db.number("SELECT count(*) FROM child").await == 0, format!("{verb:?}: stored"));
+        let next = within(session.query_one("SELECT 1", &[])).await;
+        wrongs.check(next.is_ok(), format!("{verb:?}: the session: {next:?}"));
+    }
+}
+
 #[tokio::test]
 async fn what_is_to_follow_a_commit_follows_although_its_caller_is_gone() {
     let db = database().await;
