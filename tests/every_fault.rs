@@ -317,10 +317,12 @@ impl Judge {
         self.until(&busy).await
     }
 
-    /// One connection is left at most.
-    async fn until_alone(&self) -> bool {
-        let alone =
-            format!("count(*) <= 1 FROM pg_stat_activity WHERE application_name = '{}'", self.application);
+    /// So many connections of this worker's are left.
+    async fn until_at_most(&self, connections: i32) -> bool {
+        let alone = format!(
+            "count(*) <= {connections} FROM pg_stat_activity WHERE application_name = '{}'",
+            self.application
+        );
         self.until(&alone).await
     }
 
