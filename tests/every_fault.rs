@@ -492,9 +492,17 @@ impl Worker {
     async fn serves(&mut self) -> Result<(), String> {
         let (key, judge) = (self.key(), &self.judge);
         let serve = async {
-            let session = self.sessions.acquire().await?;
             let sql = "SELECT pg_backend_pid(), current_setting('lock_timeout')";
-            let row = session.query_one(sql, &[]).await?;
+            let mut session = self.sessions.acquire().await?;
+            let row = match session.query_one(sql, &[]).await {
+                // An idle connection may be lost at any moment; the next one is not.
+                Err(e) if e.is_connection_lost() => {
+                    drop(session);
+                    session = self.sessions.acquire().await?;
+                    session.query_one(sql, &[]).await?
+                }
+                row => row?,
+            };
             let stored = session.execute("INSERT INTO stored VALUES ($1, 1)", &[&key]).await?;
             Ok::<_, Error>((session, row.get::<_, i32>(0), row.get::<_, String>(1), stored))
         };
@@ -575,9 +583,10 @@ impl Report {
             let of = |action: &Action| self.counts.get(&(operation, *action)).copied().unwrap_or_default();
             let line: Vec<_> = ACTIONS.iter().map(|action| format!("{action:?} {}", of(action).0)).collect();
             let cases: usize = ACTIONS.iter().map(|action| of(action).0).sum();
-            println!("{operation:?}: {cases} cases ({})", line.join(", "));
+            let passed_by: usize = ACTIONS.iter().map(|action| of(action).1).sum();
+            println!("{operation:?}: {cases} cases ({}), {passed_by} not reached", line.join(", "));
             all += cases;
-            missed += ACTIONS.iter().map(|action| of(action).1).sum::<usize>();
+            missed += passed_by;
         }
         println!("{all} cases in all, {missed} never came to their place, {} wrong", self.wrongs.len());
     }

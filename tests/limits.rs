@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use common::{Database, polls, within};
-use pg_session::{Connection, Error, SessionManager};
+use pg_session::{Connection, Error, RowStream, SessionManager};
 
 async fn database() -> Database {
     let db = Database::new().await;
@@ -87,6 +87,57 @@ async fn streams_and_queries_beside_one_another_work_or_say_that_the_session_is_
     }
 }
 
+/// Reads what was opened, if it was.
+async fn rest(stream: Result<RowStream<'_>, Error>) -> Result<usize, Error> {
+    let mut rows = stream?;
+    let mut read = 0;
+    while let Some(row) = rows.next().await {
+        row?;
+        read += 1;
+    }
+    Ok(read)
+}
+
+#[tokio::test]
+async fn streams_opened_together_before_either_is_read_do_not_hang() {
+    let db = database().await;
+    let sessions = db.single();
+    for (cached, inside) in [(false, false), (true, false), (false, true), (true, true)] {
+        let texts = [1, 2].map(|n| {
+            format!("SELECT {n}, '{cached} {inside}', repeat('y', 100) FROM generate_series(1, 20000)")
+        });
+        let what = format!("cached {cached}, in a transaction {inside}");
+        let mut session = within(sessions.acquire()).await.unwrap();
+        let together = async |db: &Connection| {
+            if cached {
+                for text in &texts {
+                    db.prepare(text).await?;
+                }
+            }
+            let both =
+                async { tokio::join!(db.query_stream(&texts[0], &[]), db.query_stream(&texts[1], &[])) };
+            let (one, other) = soon(both, &format!("two streams, {what}")).await;
+            assert!(one.is_ok() || other.is_ok(), "{what}");
+            let both = async { tokio::join!(rest(one), rest(other)) };
+            let (one, other) = soon(both, &what).await;
+            whole_or_busy(one, &what);
+            whole_or_busy(other, &what);
+            let query = async { db.query(&texts[1], &[]).await.map(|rows| rows.len()) };
+            let both = async { tokio::join!(db.query_stream(&texts[0], &[]), query) };
+            let (stream, query) = soon(both, &format!("a stream and a query, {what}")).await;
+            whole_or_busy(query, &what);
+            whole_or_busy(soon(rest(stream), &what).await, &what);
+            Ok::<_, Error>(())
+        };
+        if inside {
+            session.transaction(async |tx| together(tx).await).await.unwrap();
+        } else {
+            together(&session).await.unwrap();
+        }
+        assert_eq!(within(session.query_one("SELECT 7", &[])).await.unwrap().get::<_, i32>(0), 7);
+    }
+}
+
 #[tokio::test]
 async fn many_rows_beside_a_full_cache_name_the_wrong_row_and_leave_no_statements() {
     let db = database().await;
@@ -118,38 +169,79 @@ async fn many_rows_beside_a_full_cache_name_the_wrong_row_and_leave_no_statement
 
 #[tokio::test]
 async fn statements_that_the_driver_refuses_itself_disturb_nothing() {
+    #[derive(Clone, Copy, Debug)]
+    enum Next {
+        Many,
+        Execute,
+        Batch,
+        Text,
+        Stream,
+        Nothing,
+    }
     let db = database().await;
     let sessions = db.single();
-    for many in [false, true] {
-        db.run("TRUNCATE t").await;
-        let mut session = within(sessions.acquire()).await.unwrap();
-        let pid = session.process_id();
-        within(session.transaction(async |tx| {
-            let wrong = tx.execute("INSERT INTO t VALUES ($1)", &[&"text"]).await;
-            assert!(matches!(wrong, Err(Error::Database(_))), "{wrong:?}");
-            let inner: Result<u64, Error> =
-                tx.savepoint(async |sp| sp.execute("INSERT INTO t VALUES ($1)", &[&"text"]).await).await;
-            assert!(matches!(inner, Err(Error::Database(_))), "{inner:?}");
-            if many {
-                tx.execute_many("INSERT INTO t VALUES ($1)", [(1i64,), (2,)]).await?;
-            } else {
-                for n in [1i64, 2] {
-                    tx.execute("INSERT INTO t VALUES ($1)", &[&n]).await?;
-                }
+    const INSERT: &str = "INSERT INTO t VALUES ($1)";
+    let mut wrong = Vec::new();
+    for next in [Next::Many, Next::Execute, Next::Batch, Next::Text, Next::Stream, Next::Nothing] {
+        for (warm, first, swallow) in [
+            (false, true, false),
+            (true, true, false),
+            (true, true, true),
+            (true, false, false),
+            (true, false, true),
+        ] {
+            db.run("TRUNCATE t").await;
+            let mut session = within(sessions.acquire()).await.unwrap();
+            let pid = session.process_id();
+            if warm {
+                let warmed = session.transaction(async |tx| tx.execute(INSERT, &[&9i64]).await);
+                within(warmed).await.unwrap();
+                db.run("TRUNCATE t").await;
             }
-            Ok::<_, Error>(())
-        }))
-        .await
-        .unwrap_or_else(|e| panic!("many {many}: {e:?}"));
-        // The same outside.
-        for _ in 0..2 {
-            within(session.execute("INSERT INTO t VALUES ($1)", &[&"text"])).await.unwrap_err();
+            let told = within(session.transaction(async |tx| {
+                if first {
+                    tx.execute(INSERT, &[&"text"]).await.map(drop).or_else(refused_by_the_driver)?;
+                }
+                let inner: Result<(), Error> = tx
+                    .savepoint(async |sp| {
+                        let refused = sp.execute(INSERT, &[&"text"]).await.map(drop);
+                        if swallow { refused.or_else(refused_by_the_driver) } else { refused }
+                    })
+                    .await;
+                assert_eq!(inner.is_ok(), swallow, "{inner:?}");
+                match next {
+                    Next::Many => tx.execute_many(INSERT, [(1i64,)]).await.map(drop),
+                    Next::Execute => tx.execute(INSERT, &[&1i64]).await.map(drop),
+                    Next::Batch => tx.batch().push(INSERT, (1i64,)).run().await.map(drop),
+                    Next::Text => tx.batch_execute("INSERT INTO t VALUES (1)").await,
+                    Next::Stream => read(tx, "INSERT INTO t VALUES (1) RETURNING id").await.map(drop),
+                    Next::Nothing => Ok(()),
+                }
+            }))
+            .await;
+            let stored = db.number("SELECT count(*) FROM t").await;
+            let expected = i64::from(!matches!(next, Next::Nothing));
+            if told.is_err() || stored != expected {
+                wrong.push(format!(
+                    "warm {warm}, first {first}, swallow {swallow}, {next:?}: {told:?}, {stored} stored"
+                ));
+                continue;
+            }
+            // The same outside.
+            for _ in 0..2 {
+                within(session.execute(INSERT, &[&"text"])).await.unwrap_err();
+            }
+            within(session.execute_many(INSERT, [(3i64,)])).await.unwrap();
+            within(session.execute(INSERT, &[&4i64])).await.unwrap();
+            assert_eq!(session.process_id(), pid);
         }
-        within(session.execute_many("INSERT INTO t VALUES ($1)", [(3i64,)])).await.unwrap();
-        within(session.execute("INSERT INTO t VALUES ($1)", &[&4i64])).await.unwrap();
-        assert_eq!(db.number("SELECT count(*) FROM t").await, 4, "many {many}");
-        assert_eq!(session.process_id(), pid);
     }
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+fn refused_by_the_driver(error: Error) -> Result<(), Error> {
+    assert!(error.code().is_none() && matches!(error, Error::Database(_)), "{error:?}");
+    Ok(())
 }
 
 #[tokio::test]
