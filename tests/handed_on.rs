@@ -181,8 +181,10 @@ async fn nobody_is_told_of_an_earlier_borrowers_error() {
             }
         };
         for by_hand in [false, true] {
-            let session = within(sessions.acquire()).await.unwrap();
+            let mut session = within(sessions.acquire()).await.unwrap();
             let pid = session.process_id();
+            let refused = within(session.transaction(async |tx| tx.execute(REFUSED, &[]).await)).await;
+            assert!(refused.unwrap_err().is_unique_violation());
             within(begin(&session)).await.unwrap();
             let refused = if text {
                 within(session.batch_execute(REFUSED)).await

@@ -182,7 +182,9 @@ async fn statements_that_the_driver_refuses_itself_disturb_nothing() {
     let sessions = db.single();
     const INSERT: &str = "INSERT INTO t VALUES ($1)";
     let mut wrong = Vec::new();
-    for next in [Next::Many, Next::Execute, Next::Batch, Next::Text, Next::Stream, Next::Nothing] {
+    let nexts = [Next::Many, Next::Execute, Next::Batch, Next::Text, Next::Stream, Next::Nothing];
+    // So often the driver's task has its turn in between.
+    for (next, yields) in nexts.into_iter().flat_map(|next| (0..8).map(move |yields| (next, yields))) {
         for (warm, first, swallow) in [
             (false, true, false),
             (true, true, false),
@@ -209,6 +211,9 @@ async fn statements_that_the_driver_refuses_itself_disturb_nothing() {
                     })
                     .await;
                 assert_eq!(inner.is_ok(), swallow, "{inner:?}");
+                for _ in 0..yields {
+                    tokio::task::yield_now().await;
+                }
                 match next {
                     Next::Many => tx.execute_many(INSERT, [(1i64,)]).await.map(drop),
                     Next::Execute => tx.execute(INSERT, &[&1i64]).await.map(drop),
@@ -223,7 +228,7 @@ async fn statements_that_the_driver_refuses_itself_disturb_nothing() {
             let expected = i64::from(!matches!(next, Next::Nothing));
             if told.is_err() || stored != expected {
                 wrong.push(format!(
-                    "warm {warm}, first {first}, swallow {swallow}, {next:?}: {told:?}, {stored} stored"
+                    "warm {warm}, first {first}, swallow {swallow}, {yields} yields, {next:?}: {told:?}, {stored} stored"
                 ));
                 continue;
             }
