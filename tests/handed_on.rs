@@ -532,8 +532,8 @@ enum Forgotten {
     RowsOut,
     Query,
     Text,
-    QueryBesideDropped,
-    QueryBesideForgotten,
+    HalfAfterDropped,
+    HalfBesideDropped,
     Closure,
     Savepoint,
     Batch,
@@ -552,8 +552,8 @@ const FORGOTTEN: [Forgotten; 17] = [
     Forgotten::RowsOut,
     Forgotten::Query,
     Forgotten::Text,
-    Forgotten::QueryBesideDropped,
-    Forgotten::QueryBesideForgotten,
+    Forgotten::HalfAfterDropped,
+    Forgotten::HalfBesideDropped,
     Forgotten::Closure,
     Forgotten::Savepoint,
     Forgotten::Batch,
@@ -592,7 +592,7 @@ async fn forget_half(session: &mut Session, what: Forgotten) {
             half(session.query(SLEEP, &[]), 1).await;
         }
         Forgotten::Text => half(session.batch_execute(SLEEP), 1).await,
-        Forgotten::QueryBesideDropped => {
+        Forgotten::HalfAfterDropped => {
             session.prepare(SLEEP).await.unwrap();
             session.prepare("SELECT 1").await.unwrap();
             let dropped = polls(session.query(SLEEP, &[]), 1);
@@ -605,7 +605,7 @@ async fn forget_half(session: &mut Session, what: Forgotten) {
             )
             .await;
         }
-        Forgotten::QueryBesideForgotten => {
+        Forgotten::HalfBesideDropped => {
             session.prepare(SLEEP).await.unwrap();
             session.prepare("SELECT 1").await.unwrap();
             half(session.query("SELECT 1", &[]), 1).await;

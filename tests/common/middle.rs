@@ -17,14 +17,17 @@ pub enum Direction {
     ToClient,
 }
 
+/// Whether this is the message: tag and body.
+pub type Like = Box<dyn Fn(u8, &[u8]) -> bool + Send>;
+
 /// Where to stop. Counted from the arming on, over all connections, without what opens a connection.
 pub enum At {
     Before(usize),
     After(usize),
     /// Inside a message.
     Byte(usize),
-    /// Before the first message that is like this: tag and body.
-    Like(Box<dyn Fn(u8, &[u8]) -> bool + Send>),
+    /// Before the first message that is like this.
+    Like(Like),
 }
 
 /// What to do at a stop.
