@@ -190,7 +190,12 @@ async fn judge(wrongs: &mut Wrongs, db: &Database, shape: Shape, told: Result<()
     let wrong = format!("level <> 'serializable' OR tenant IS DISTINCT FROM {length}");
     let all = db.number("SELECT count(*) FROM seen").await;
     let astray = db.number(&format!("SELECT count(*) FROM seen WHERE {wrong}")).await;
-    let right = (all, astray) == (if told.is_ok() { 2 } else { 0 }, 0);
+    let right = match told {
+        // What hits a statement instead of BEGIN is undone with its savepoint.
+        Ok(()) if matches!(shape, Shape::Savepoint) => all <= 2,
+        Ok(()) => all == 2,
+        Err(_) => all == 0,
+    } && astray == 0;
     wrongs.check(right, format!("{shape:?}: {all} stored, {astray} of them astray: {told:?}"));
 }
 
@@ -337,7 +342,10 @@ async fn a_fatal_error_whose_end_never_arrives_ends_every_verb() {
             Ok(told) => {
                 let error = told.expect_err("the server is gone");
                 assert!(error.is_connection_lost() || error.is_commit_unknown(), "{verb:?}: {error}");
-                assert_eq!(error.is_commit_unknown(), matches!(verb, Verb::Commit), "{verb:?}: {error}");
+                // With these COMMIT travels along, and the server may or may not have come to it.
+                if !matches!(verb, Verb::Batch | Verb::Many) {
+                    assert_eq!(error.is_commit_unknown(), matches!(verb, Verb::Commit), "{verb:?}: {error}");
+                }
             }
             Err(_) => stuck.push(verb),
         }
@@ -694,37 +702,46 @@ async fn a_statement_dropped_unfinished_dooms_its_transaction() {
     let db = database().await;
     let sessions = db.single();
     let mut wrongs = Wrongs::default();
-    for (what, by_hand) in LEFT.into_iter().flat_map(|what| [(what, false), (what, true)]) {
+    // As the transaction's first statement, BEGIN is still to be sent.
+    let shapes = LEFT.into_iter().flat_map(|what| {
+        [(false, false), (false, true), (true, false), (true, true)]
+            .map(|(first, by_hand)| (what, first, by_hand))
+    });
+    for (what, first, by_hand) in shapes {
         let mut completed = false;
         for left in 1..MOST_POLLS {
             db.run("TRUNCATE t").await;
             let answered = AtomicBool::new(false);
             let mut session = within(sessions.acquire()).await.unwrap();
+            let work = async |tx: &pg_session::Transaction<'_>| {
+                if !first {
+                    tx.execute("INSERT INTO t VALUES ($1)", &[&1i64]).await?;
+                }
+                answered.store(abandon(tx, what, left).await, SeqCst);
+                Ok(())
+            };
             let told = if by_hand {
                 let tx = session.begin().await.unwrap();
-                tx.execute("INSERT INTO t VALUES ($1)", &[&1i64]).await.unwrap();
-                answered.store(abandon(&tx, what, left).await, SeqCst);
+                within(work(&tx)).await.unwrap_or_else(|e: Error| panic!("{e}"));
                 within(tx.commit()).await
             } else {
-                within(session.transaction(async |tx| {
-                    tx.execute("INSERT INTO t VALUES ($1)", &[&1i64]).await?;
-                    answered.store(abandon(tx, what, left).await, SeqCst);
-                    Ok(())
-                }))
-                .await
+                within(session.transaction(async |tx| work(tx).await)).await
             };
             drop(session);
             db.until_quiet().await;
             let ids = ids(&db).await;
             completed = answered.load(SeqCst);
+            let all = if first { vec![2] } else { vec![1, 2] };
             let right = match &told {
-                Ok(()) => completed && ids == [1, 2],
+                Ok(()) => completed && ids == all,
                 Err(Error::StatementAbandoned) => !completed && ids.is_empty(),
                 Err(_) => false,
             };
             wrongs.check(
                 right,
-                format!("{what:?}, by hand {by_hand}, {left} polls, answered {completed}: {told:?}, {ids:?}"),
+                format!(
+                    "{what:?}, first {first}, by hand {by_hand}, {left} polls, answered {completed}: {told:?}, {ids:?}"
+                ),
             );
             if completed {
                 break;
