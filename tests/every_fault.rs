@@ -376,12 +376,14 @@ impl Worker {
             if self.warm == Some((pid, operation)) {
                 return Ok(());
             }
-            let key = self.key();
-            let work = operation.perform(&self.sessions, key, &self.judge);
-            match timeout(BOUND, work).await {
-                Ok(Ok(())) => {}
-                Ok(Err(e)) => return Err(format!("without a fault: {e:?}")),
-                Err(_) => return Err("without a fault: it hangs".into()),
+            // Twice, for what is kept from the second time on.
+            for key in [self.key(), self.key()] {
+                let work = operation.perform(&self.sessions, key, &self.judge);
+                match timeout(BOUND, work).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(e)) => return Err(format!("without a fault: {e:?}")),
+                    Err(_) => return Err("without a fault: it hangs".into()),
+                }
             }
             self.warm = Some((pid, operation));
         }
