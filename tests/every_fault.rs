@@ -20,7 +20,7 @@ use bytes::Bytes;
 use common::middle::{At, Direction, Middle, Then};
 use common::{Database, connect};
 use futures_util::FutureExt;
-use pg_session::{Error, SessionConfig, SessionManager};
+use pg_session::{Error, RetryClass, RetryPolicy, SessionConfig, SessionManager, TransactionOptions};
 use tokio::time::{sleep_until, timeout};
 
 /// Runs at once, each with a connection of its own.
@@ -46,7 +46,9 @@ enum Operation {
     CopyOut,
     Closure,
     FirstClosure,
+    RetriedClosure,
     Batch,
+    RetriedBatch,
     BatchInside,
     ExecuteMany,
     ExecuteManyInside,
@@ -56,7 +58,7 @@ enum Operation {
     Cancel,
 }
 
-const OPERATIONS: [Operation; 17] = [
+const OPERATIONS: [Operation; 19] = [
     Operation::Query,
     Operation::FirstQuery,
     Operation::Execute,
@@ -66,7 +68,9 @@ const OPERATIONS: [Operation; 17] = [
     Operation::CopyOut,
     Operation::Closure,
     Operation::FirstClosure,
+    Operation::RetriedClosure,
     Operation::Batch,
+    Operation::RetriedBatch,
     Operation::BatchInside,
     Operation::ExecuteMany,
     Operation::ExecuteManyInside,
@@ -174,8 +178,29 @@ impl Operation {
             let pad = "x".repeat(60_000); // two rows are a window
             (1..=6).map(move |part: i32| (key, part, pad.clone()))
         };
+        // Runs again on another connection after one was lost: whatever happens, it is done once at most.
+        let retried = || {
+            let policy = RetryPolicy::default().retry_on(RetryClass::ConnectionLost);
+            TransactionOptions::new().retry(policy.max_attempts(3).base_delay(Duration::from_millis(1)))
+        };
+        match self {
+            Self::RetriedClosure => {
+                return sessions
+                    .transaction_with(retried(), async |tx| {
+                        tx.execute(ONE, &[&key]).await?;
+                        tx.execute(TWO, &[&key]).await.map(drop)
+                    })
+                    .await;
+            }
+            Self::RetriedBatch => {
+                let mut batch = sessions.batch_with(retried());
+                return batch.push(ONE, (key,)).push(TWO, (key,)).run().await.map(drop);
+            }
+            _ => {}
+        }
         let mut session = sessions.acquire().await?;
         match self {
+            Self::RetriedClosure | Self::RetriedBatch => unreachable!("done above"),
             Self::Query => session.query(BOTH, &[&key]).await.map(drop),
             Self::FirstQuery => session.query(&format!("{BOTH} /* {key} */"), &[&key]).await.map(drop),
             Self::Execute => session.execute(BOTH, &[&key]).await.map(drop),
