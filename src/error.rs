@@ -404,9 +404,21 @@ impl fmt::Display for DriverError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.as_db_error() {
             Some(e) => write!(f, "{} (SQLSTATE {})", e.message(), e.code().code()),
-            None => self.0.fmt(f),
+            None => match unconverted(&self.0.to_string()) {
+                // What is wrong with it is the source.
+                Some(number) => write!(f, "parameter ${number} could not be converted"),
+                None => self.0.fmt(f),
+            },
         }
     }
+}
+
+/// The number, as in SQL, of the parameter that the driver says it cannot convert; it counts from 0, and has no other way
+/// to tell.
+fn unconverted(message: &str) -> Option<usize> {
+    let rest = message.strip_prefix("error serializing parameter ")?;
+    let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+    rest[..digits].parse::<usize>().ok()?.checked_add(1)
 }
 
 impl std::error::Error for DriverError {

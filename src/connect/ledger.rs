@@ -82,6 +82,8 @@ struct Exchange {
     requests_done: bool,
     /// An error was answered: the server reads over the rest.
     failed: bool,
+    /// COMMIT was confirmed, and the driver has been given its ReadyForQuery.
+    told: bool,
 }
 
 impl Exchange {
@@ -550,7 +552,12 @@ impl Ledger {
         }
         if tag == b'Z' {
             let stray = self.came >= self.asked;
-            return !stray && !matches!(self.front(), Some(Answering::Nobody));
+            return !stray
+                && match self.front() {
+                    Some(Answering::Nobody) => false,
+                    Some(Answering::Flight(exchange)) => !exchange.told,
+                    Some(Answering::Closing) | None => true,
+                };
         }
         if self.discarding {
             return false;
@@ -658,6 +665,11 @@ impl Ledger {
             wire.on_rows(rows(body));
         } else if exchange.requests_done {
             on_commit(without_zero(body), wire);
+            if wire.is_committed() {
+                // Whatever happens now changes nothing any more.
+                exchange.told = true;
+                self.ready.put_slice(READY);
+            }
         } else {
             if exchange.kind == Kind::Text {
                 // One of several, perhaps.

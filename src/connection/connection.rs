@@ -16,7 +16,7 @@ use super::request::{Failure, Request};
 use super::shell::{CLOSED, PANICKED, STALLED, STOPPED, Shell};
 use super::{drain, reset};
 use crate::config::Reset;
-use crate::connect::{Step, TransactionStatus, Wire};
+use crate::connect::{BlockFacts, Step, TransactionStatus, Wire};
 use crate::error::Error;
 use crate::statements::{Source, Statement, ToStatement, Traits};
 
@@ -305,7 +305,7 @@ impl Connection {
         let start = {
             let mut core = self.shell.core();
             if core.block() != Block::None {
-                self.wire().take_back();
+                self.shell.take_back(&core);
                 self.wire().stop_recording();
             }
             core.claim()
@@ -379,17 +379,30 @@ impl Connection {
         self.shell.core().end();
     }
 
-    /// The transaction was dropped in the middle: roll it back in the background.
-    pub(crate) fn give_up_transaction(&self) {
-        let nothing_sent = self.wire().take_back();
+    /// The transaction was dropped in the middle: roll it back in the background. If its COMMIT is under way, that is seen
+    /// to its end, and `aftermath` told of it.
+    pub(crate) fn give_up_transaction(&self, aftermath: impl FnOnce(&BlockFacts) + Send + 'static) {
         if std::thread::panicking() {
             if self.has_begun() {
                 self.shell.lose(PANICKED);
             }
+            self.wire().take_back();
             return;
         }
-        let start = self.shell.core().give_up(nothing_sent);
-        self.wire().stop_recording();
+        let start = {
+            let mut core = self.shell.core();
+            let nothing_sent = self.shell.take_back(&core);
+            let start = core.give_up(nothing_sent);
+            if core.is_ending() && !core.is_settled() {
+                self.shell.set_aftermath(Box::new(aftermath));
+            } else {
+                let facts = self.wire().facts();
+                self.wire().stop_recording();
+                drop(core);
+                aftermath(&facts);
+            }
+            start
+        };
         if start {
             drain::start(&self.shell, &self.client);
         }
@@ -439,7 +452,7 @@ impl Connection {
         let shell = &self.shell;
         let start = {
             let mut core = shell.core();
-            shell.wire.take_back();
+            shell.take_back(&core);
             shell.wire.stop_recording();
             core.reclaim(self.is_at_rest())
         };

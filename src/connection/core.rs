@@ -211,6 +211,11 @@ impl Core {
         Some(self.enqueued)
     }
 
+    /// Whether the driver may have a request that it has not sent yet: what is to travel with the next one is that one's.
+    pub(super) fn has_unsent(&self, sent: u64) -> bool {
+        self.preparing > 0 || self.enqueued > sent
+    }
+
     /// The one who drains gives the driver a request of its own.
     pub(super) fn enqueue_fence(&mut self) -> u64 {
         self.enqueued += 1;

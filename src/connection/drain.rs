@@ -14,7 +14,7 @@ use deadpool_postgres::ClientWrapper;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::Client;
 
-use super::core::Drained;
+use super::core::{Block, Drained};
 use super::shell::{CLOSED, STALLED, STOPPED, Shell};
 use crate::connect::TransactionStatus;
 use crate::observe;
@@ -60,6 +60,10 @@ async fn drain(mut draining: Draining, client: Arc<ClientWrapper>) {
         match next {
             Drained::Done(forgive) => {
                 shell.wire.set_raw(false);
+                if shell.core().block() == Block::None {
+                    // Nobody's: what it was meant for is gone.
+                    shell.wire.take_back();
+                }
                 if let Some(mark) = forgive {
                     shell.wire.forgive(mark);
                 }
@@ -76,6 +80,7 @@ async fn drain(mut draining: Draining, client: Arc<ClientWrapper>) {
         shell.lose(reason);
         shell.driver.abort();
     }
+    shell.conclude_aftermath();
     // Before anyone is told: whoever waits may want the client to itself.
     drop(client);
     draining.done = true;

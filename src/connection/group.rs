@@ -177,6 +177,9 @@ impl Connection {
                     Box::pin(self.prepare(sql)).await.map_err(|e| e.in_batch(BatchPart::statement(index)))?
                 }
             };
+            if statement.traits().copy {
+                return Err(Error::config("a batch cannot run COPY: see copy_rows_in and copy_rows_out"));
+            }
             common.controls |= statement.traits().controls;
             let mut parameters = BytesMut::with_capacity(USUAL);
             record::encode(statement.params(), &mut parameters, record)
@@ -195,9 +198,6 @@ impl Connection {
             if self.at_hand(sql)?.is_none() && missing.iter().all(|(_, text)| *text != sql) {
                 missing.push((index, sql));
             }
-        }
-        if missing.iter().any(|(_, sql)| Traits::of(sql).copy) {
-            return Err(Error::config("a batch cannot run COPY: see copy_rows_in and copy_rows_out"));
         }
         let texts: Vec<&str> = missing.iter().map(|(_, sql)| *sql).collect();
         let mut request = self.request(Use::Shared).await?;

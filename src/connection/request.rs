@@ -18,6 +18,8 @@ pub(crate) struct Request<'a> {
     connection: &'a Connection,
     /// Its number, once the driver has it.
     number: Option<u64>,
+    /// How many errors the server had sent before it.
+    errors: u32,
     done: bool,
 }
 
@@ -51,11 +53,10 @@ impl Connection {
         match answer {
             Answer::Granted if shell.wire.is_ended_by_sql() => {
                 // What follows would run on its own.
-                let mut request = Request { connection: self, number: None, done: false };
-                request.conclude();
+                self.new_request().finish();
                 Err(self.ended_by_sql())
             }
-            Answer::Granted => Ok(Some(Request { connection: self, number: None, done: false })),
+            Answer::Granted => Ok(Some(self.new_request())),
             Answer::Wait => Ok(None),
             Answer::Refused(Refusal::StreamOpen) => Err(Error::StreamOpen),
             Answer::Refused(Refusal::Busy) => Err(Error::Busy),
@@ -65,6 +66,11 @@ impl Connection {
                 shell.lost(reason)
             }),
         }
+    }
+
+    #[inline]
+    fn new_request(&self) -> Request<'_> {
+        Request { connection: self, number: None, errors: self.wire().errors(), done: false }
     }
 
     /// SQL has ended the transaction under way, or begun another: nobody must use the connection any more.
@@ -84,6 +90,23 @@ pub(super) enum Failure {
 }
 
 impl<'a> Request<'a> {
+    /// Whether the server has sent an error since it was granted.
+    pub(super) fn is_refused(&self) -> bool {
+        self.connection.wire().errors() != self.errors
+    }
+
+    /// What became of a request of which the driver said that all was well before it had seen the end: behind COPY's data
+    /// the server commits what is not part of a transaction, and that may fail; or the end never came.
+    pub(super) fn afterthought(&self, outside: bool) -> Result<(), Error> {
+        let shell = &self.connection.shell;
+        let answered = self.number.is_none_or(|number| shell.wire.answered() >= number);
+        match shell.wire.error_since(self.errors) {
+            Some(e) if !e.is_fatal() => Err(Error::Aborted(Box::new((*e).clone()))),
+            None if answered => Ok(()),
+            _ => Err(shell.over(outside)),
+        }
+    }
+
     /// The rest of its answer, to be waited for.
     pub(super) fn answer(&self) -> impl Future<Output = ()> + Send + use<'a> {
         let (number, wire) = (self.number, &self.connection.shell.wire);

@@ -12,7 +12,7 @@ use super::request::{Failure, Request};
 use crate::connect::{Fault, Rows};
 use crate::error::{BatchPart, Error};
 use crate::record::{self, Record};
-use crate::statements::{Statement, Traits};
+use crate::statements::Statement;
 
 /// A window is sent when it has so many bytes: enough that the pause between two of them, a round trip, is small
 /// beside the work; little enough that what is in flight costs no memory to speak of.
@@ -58,11 +58,11 @@ where
     ) -> Result<Option<Self>, Error> {
         let statement = match connection.at_hand(sql)? {
             Some(statement) => statement,
-            None if Traits::of(sql).copy => {
-                return Err(Error::config("execute_many cannot run COPY: see copy_rows_in"));
-            }
             None => connection.prepare(sql).await?,
         };
+        if statement.traits().copy {
+            return Err(Error::config("execute_many cannot run COPY: see copy_rows_in"));
+        }
         let mut many = Self {
             connection,
             request: None,

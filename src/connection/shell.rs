@@ -1,5 +1,6 @@
 //! What performs the rules of a connection: the core under a lock, and everything that it decides about.
 
+use std::fmt;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -13,7 +14,7 @@ use tokio_postgres::error::{Severity, SqlState};
 
 use super::core::Core;
 use crate::config::SessionConfig;
-use crate::connect::{Fault, Route, Wire};
+use crate::connect::{BlockFacts, Fault, Route, Wire};
 use crate::error::{DriverError, Error, ServerError};
 use crate::statements::Statements;
 
@@ -25,7 +26,6 @@ const ENDED: &str = "the server ended the session";
 
 /// One connection as everyone who deals with it sees it; the client itself belongs to the
 /// [`Connection`](super::Connection).
-#[derive(Debug)]
 pub(crate) struct Shell {
     pub(crate) wire: Arc<Wire>,
     pub(super) config: Arc<SessionConfig>,
@@ -41,7 +41,18 @@ pub(crate) struct Shell {
     retired: AtomicBool,
     core: Mutex<Core>,
     statements: Mutex<Statements>,
+    /// Who wants to know what became of a COMMIT whose caller has left.
+    aftermath: Mutex<Option<Aftermath>>,
     changed: Notify,
+}
+
+/// What is to be done once it is known what became of a COMMIT.
+pub(crate) type Aftermath = Box<dyn FnOnce(&BlockFacts) + Send>;
+
+impl fmt::Debug for Shell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shell").field("number", &self.number).finish_non_exhaustive()
+    }
 }
 
 impl Shell {
@@ -65,6 +76,7 @@ impl Shell {
             retired: AtomicBool::new(false),
             core: Mutex::new(Core::new()),
             statements,
+            aftermath: Mutex::default(),
             changed: Notify::new(),
         }
     }
@@ -123,6 +135,12 @@ impl Shell {
         Error::lost(reason, self.wire.fatal())
     }
 
+    /// Takes back what was to travel with the next request; whether BEGIN was among it. Not if the driver has a request that
+    /// it has not sent yet: without its BEGIN that would run on its own.
+    pub(super) fn take_back(&self, core: &Core) -> bool {
+        !core.has_unsent(self.wire.sent()) && self.wire.take_back()
+    }
+
     /// Never lend or use this connection again.
     pub(crate) fn lose(&self, reason: &'static str) {
         self.core().lose(reason);
@@ -155,20 +173,22 @@ impl Shell {
         self.runtime.spawn(async move { shell.cancel_and_hang_up(cancel).await });
     }
 
+    /// The connection has ended. `outside` if it took a statement along that was sent outside a transaction.
+    pub(super) fn over(&self, outside: bool) -> Error {
+        let fatal = self.wire.fatal();
+        let reason = if fatal.is_some() { ENDED } else { CLOSED };
+        self.lose(reason);
+        if outside { Error::unanswered(reason, fatal) } else { Error::lost(reason, fatal) }
+    }
+
     /// The driver's error in this crate's terms. `outside` if it is about a statement outside a transaction that was sent.
     pub(crate) fn explain(&self, error: tokio_postgres::Error, outside: bool) -> Error {
-        let lost = |reason| {
-            let fatal = self.wire.fatal();
-            if outside { Error::unanswered(reason, fatal) } else { Error::lost(reason, fatal) }
-        };
         if error.is_closed() {
-            self.lose(CLOSED);
-            return lost(CLOSED);
+            return self.over(outside);
         }
         let Some(server) = error.as_db_error() else { return Error::Database(DriverError(error)) };
         if matches!(server.parsed_severity(), Some(Severity::Fatal | Severity::Panic)) {
-            self.lose(ENDED);
-            return lost(ENDED);
+            return self.over(outside);
         }
         // Something of ours that went ahead was refused, and the statement was not run; or it is but a symptom.
         if self.wire.is_lead_refused() || *server.code() == SqlState::IN_FAILED_SQL_TRANSACTION {
@@ -192,6 +212,25 @@ impl Shell {
                 constraint: None,
                 routine: None,
             })),
+        }
+    }
+
+    fn aftermath(&self) -> MutexGuard<'_, Option<Aftermath>> {
+        self.aftermath.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has this done once it is known what became of the COMMIT that is under way.
+    pub(super) fn set_aftermath(&self, aftermath: Aftermath) {
+        *self.aftermath() = Some(aftermath);
+    }
+
+    /// Nothing more will be known of the transaction that was given up.
+    pub(super) fn conclude_aftermath(&self) {
+        let aftermath = self.aftermath().take();
+        if let Some(aftermath) = aftermath {
+            let facts = self.wire.facts();
+            self.wire.stop_recording();
+            aftermath(&facts);
         }
     }
 

@@ -18,8 +18,6 @@ use crate::error::Error;
 struct Piecewise<'a> {
     connection: &'a Connection,
     request: Request<'a>,
-    /// How many errors the server had sent before it.
-    errors: u32,
     /// What is left to wait for, and what is to be said then.
     end: Option<Pin<Box<dyn Future<Output = ()> + Send + 'a>>>,
     failure: Option<tokio_postgres::Error>,
@@ -27,8 +25,7 @@ struct Piecewise<'a> {
 
 impl<'a> Piecewise<'a> {
     fn new(connection: &'a Connection, request: Request<'a>) -> Self {
-        let errors = connection.wire().errors();
-        Self { connection, request, errors, end: None, failure: None }
+        Self { connection, request, end: None, failure: None }
     }
 
     fn is_over(&self) -> bool {
@@ -56,11 +53,7 @@ impl<'a> Piecewise<'a> {
         self.request.conclude();
         Poll::Ready(match self.failure.take() {
             Some(e) => Err(self.connection.shell.explain(e, outside)),
-            // Behind the data the server commits what is not part of a transaction, and that may fail.
-            None => match self.connection.wire().error_since(self.errors) {
-                Some(e) => Err(Error::Aborted(Box::new((*e).clone()))),
-                None => Ok(()),
-            },
+            None => self.request.afterthought(outside),
         })
     }
 }
@@ -191,7 +184,7 @@ impl<'a> CopyIn<'a> {
 
     /// Whether the server has refused it, and reads over the rest.
     pub(super) fn is_refused(&self) -> bool {
-        self.work.connection.wire().errors() != self.work.errors
+        self.work.request.is_refused()
     }
 
     /// Ends the COPY and returns how many rows it stored.

@@ -1,6 +1,7 @@
 //! What became of a transaction: one pure function of what was read off the wire. Nothing else decides.
 
 use crate::connect::{BlockFacts, Fault, TransactionStatus};
+use crate::observe;
 
 /// How waiting for the answer to COMMIT ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +44,16 @@ pub(super) enum Cause {
     Refused,
     /// The connection ended before COMMIT could take effect.
     Lost(&'static str),
+}
+
+impl From<Outcome> for observe::Outcome {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Committed => Self::Committed,
+            Outcome::RolledBack(_) => Self::RolledBack,
+            Outcome::EndedBySql | Outcome::Unknown(_) => Self::Unknown,
+        }
+    }
 }
 
 const ENDED: &str = "the server ended the session before COMMIT was sent";

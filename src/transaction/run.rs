@@ -106,6 +106,7 @@ impl<'o> Run<'o> {
             Err(e) => return Step::Done(Err(e.into())),
         };
         tx.attempt = self.attempts + 1;
+        tx.span = Some(self.span.clone());
         let pool = connection.pool_id();
         self.holding = (pool, held(pool) + 1);
         loop {
@@ -116,7 +117,10 @@ impl<'o> Run<'o> {
                 Some(left) => match timeout(left, attempt).await {
                     Ok(result) => result,
                     // Dropping `tx` rolls back in the background; the deadline waits for nobody.
-                    Err(_) => return Step::Done(Err(self.too_late().into())),
+                    Err(_) => {
+                        tx.span = None;
+                        return Step::Done(Err(self.too_late().into()));
+                    }
                 },
             };
             let failed = match result {
@@ -155,9 +159,11 @@ impl<'o> Run<'o> {
             }
             if class.needs_fresh_connection() {
                 connection.shell.lose("the transaction is retried on another connection");
+                tx.span = None;
                 return Step::Release(delay);
             }
             if may_move && delay > WORTH_HOLDING {
+                tx.span = None;
                 return Step::Release(delay);
             }
             // An aborted transaction holds no locks; one that is still open must not hold its own through the pause.

@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 
 use super::begin;
+use super::outcome::{Answer, Outcome, after_commit};
 use crate::connect::Step;
 use crate::connection::Connection;
 use crate::error::Error;
@@ -55,6 +56,8 @@ pub struct Transaction<'a> {
     commit_went: AtomicU8,
     /// What failed of the statements that it went along with, until the outcome is asked for.
     refusal: Mutex<Option<Error>>,
+    /// Where its outcome is written, if whoever runs it leaves before it is known.
+    pub(super) span: Option<tracing::Span>,
     pub(super) done: bool,
 }
 
@@ -99,6 +102,7 @@ impl<'a> Transaction<'a> {
             attempt: 1,
             commit_went: AtomicU8::new(CommitWent::No as u8),
             refusal: Mutex::default(),
+            span: None,
             done: false,
         })
     }
@@ -155,7 +159,8 @@ impl<'a> Transaction<'a> {
     ///
     /// # Cancel safety
     ///
-    /// If the future that commits is dropped while hooks run, the rest of them are not run.
+    /// If the future that commits is dropped while COMMIT is under way, they are run in the background once it is known that
+    /// it was committed. If it is dropped while hooks run, the rest of them are not run.
     pub fn on_commit<F, Fut>(&self, f: F)
     where
         F: FnOnce() -> Fut + Send + 'static,
@@ -222,6 +227,7 @@ impl<'a> Transaction<'a> {
             attempt: self.attempt,
             commit_went: AtomicU8::new(CommitWent::No as u8),
             refusal: Mutex::default(),
+            span: None,
             done: false,
         };
         let result = f(&mut inner).await;
@@ -362,7 +368,19 @@ impl Drop for Transaction<'_> {
             return;
         }
         match self.role {
-            Role::Outermost => self.connection.give_up_transaction(),
+            Role::Outermost => {
+                let (hooks, span, attempt) = (self.take_hooks(), self.span.take(), self.attempt);
+                let runtime = self.connection.runtime();
+                self.connection.give_up_transaction(move |facts| {
+                    let outcome = after_commit(facts, Answer::Came);
+                    if let Some(span) = span {
+                        observe::transaction_ended(&span, attempt, outcome.into());
+                    }
+                    if let (Outcome::Committed, Some(hooks)) = (outcome, hooks) {
+                        runtime.spawn(hooks.run());
+                    }
+                });
+            }
             Role::Savepoint { .. } => self.undo(),
         }
     }
