@@ -56,7 +56,7 @@ async fn wrong_parameters_are_refused_before_they_are_sent() {
     let many = session.query("SELECT 1", &[&1]).await.unwrap_err();
     assert_eq!(many.to_string(), "expected 0 parameters but got 1");
     let wrong = session.query("SELECT $1::int", &[&"text"]).await.unwrap_err();
-    assert!(wrong.to_string().contains("parameter 0"), "{wrong}");
+    assert!(wrong.to_string().contains("parameter $1"), "{wrong}");
     assert!(std::error::Error::source(&wrong).unwrap().to_string().contains("int4"));
     // Inside a transaction they have not reached the server either, so it is not aborted.
     session

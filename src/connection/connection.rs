@@ -173,10 +173,15 @@ impl Connection {
 
     /// Prepares `sql` for a request. It is done on the connection's own runtime, and goes on if nobody waits: what was
     /// prepared in vain is in the cache for the next one.
-    pub(super) async fn prepare_for(&self, request: &mut Request<'_>, sql: &str) -> Result<Statement, Failure> {
-        self.prepare_all(request, &[sql], true).await?.pop().map_or(Err(Failure::Lost(STOPPED)), |statement| {
-            statement.map_err(Failure::Driver)
-        })
+    pub(super) async fn prepare_for(
+        &self,
+        request: &mut Request<'_>,
+        sql: &str,
+    ) -> Result<Statement, Failure> {
+        self.prepare_all(request, &[sql], true)
+            .await?
+            .pop()
+            .map_or(Err(Failure::Lost(STOPPED)), |statement| statement.map_err(Failure::Driver))
     }
 
     /// The same, for a statement that must not come from the cache the next time.
@@ -185,9 +190,10 @@ impl Connection {
         request: &mut Request<'_>,
         sql: &str,
     ) -> Result<Statement, Failure> {
-        self.prepare_all(request, &[sql], false).await?.pop().map_or(Err(Failure::Lost(STOPPED)), |statement| {
-            statement.map_err(Failure::Driver)
-        })
+        self.prepare_all(request, &[sql], false)
+            .await?
+            .pop()
+            .map_or(Err(Failure::Lost(STOPPED)), |statement| statement.map_err(Failure::Driver))
     }
 
     /// Prepares several texts in one flight, and keeps them in the cache if asked to.
@@ -304,7 +310,7 @@ impl Connection {
     pub(crate) async fn claim(&self) -> Result<(), Error> {
         let start = {
             let mut core = self.shell.core();
-            if core.block() != Block::None {
+            if !matches!(core.block(), Block::None | Block::Ending) {
                 self.shell.take_back(&core);
                 self.wire().stop_recording();
             }
@@ -453,7 +459,9 @@ impl Connection {
         let start = {
             let mut core = shell.core();
             shell.take_back(&core);
-            shell.wire.stop_recording();
+            if !core.is_ending() {
+                shell.wire.stop_recording();
+            }
             core.reclaim(self.is_at_rest())
         };
         if start {
@@ -464,7 +472,8 @@ impl Connection {
             return Err(reason);
         }
         if self.wants_reset() {
-            match timeout(shell.config.cleanup_timeout, reset::reset(&self.client, self.watches_client)).await {
+            match timeout(shell.config.cleanup_timeout, reset::reset(&self.client, self.watches_client)).await
+            {
                 Ok(done) => done.map_err(|_| "it could not be reset")?,
                 Err(_) => return Err(STALLED),
             }

@@ -285,7 +285,10 @@ impl Core {
     /// what the raw client was used for is over. Whether draining must be started.
     pub(super) fn claim(&mut self) -> bool {
         if self.block != Block::None {
-            self.block = Block::None;
+            // A COMMIT is seen to its end.
+            if self.block != Block::Ending {
+                self.block = Block::None;
+            }
             self.roll_back = true;
         }
         if self.roll_back || self.raw { self.drain(|_| 0) } else { self.disown() }

@@ -18,7 +18,7 @@ pub(crate) struct Request<'a> {
     connection: &'a Connection,
     /// Its number, once the driver has it.
     number: Option<u64>,
-    /// How many errors the server had sent before it.
+    /// How many errors the server had sent before that.
     errors: u32,
     done: bool,
 }
@@ -60,11 +60,9 @@ impl Connection {
             Answer::Wait => Ok(None),
             Answer::Refused(Refusal::StreamOpen) => Err(Error::StreamOpen),
             Answer::Refused(Refusal::Busy) => Err(Error::Busy),
-            Answer::Refused(Refusal::Lost(reason)) => Err(if shell.wire.is_ended_by_sql() {
-                Error::TransactionEnded
-            } else {
-                shell.lost(reason)
-            }),
+            Answer::Refused(Refusal::Lost(reason)) => {
+                Err(if shell.wire.is_ended_by_sql() { Error::TransactionEnded } else { shell.lost(reason) })
+            }
         }
     }
 
@@ -90,7 +88,7 @@ pub(super) enum Failure {
 }
 
 impl<'a> Request<'a> {
-    /// Whether the server has sent an error since it was granted.
+    /// Whether the server has sent an error since the driver got it.
     pub(super) fn is_refused(&self) -> bool {
         self.connection.wire().errors() != self.errors
     }
@@ -149,6 +147,7 @@ impl<'a> Request<'a> {
     fn enqueue<T>(&mut self, first: impl FnOnce(&mut Core) -> First<T>) -> Option<First<T>> {
         let mut core = self.connection.shell.core();
         let number = core.enqueue()?;
+        self.errors = self.connection.wire().errors();
         let first = first(&mut core);
         if matches!(&first, Poll::Ready(Err(e)) if e.as_db_error().is_none()) {
             // It could not be encoded, or the connection is closed: the driver has sent nothing.
