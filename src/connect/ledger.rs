@@ -636,6 +636,9 @@ impl Ledger {
         if exchange.lead > 0 {
             wire.happen(happened::LEAD_REFUSED);
         }
+        if exchange.begin > 0 && exchange.lead >= exchange.begin {
+            wire.happen(happened::BEGIN_REFUSED);
+        }
         if fatal && exchange.commit {
             wire.happen(happened::ENDED_BEFORE_COMMIT);
         }

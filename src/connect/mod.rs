@@ -12,4 +12,4 @@ pub(crate) use dial::{Route, dial};
 pub(crate) use flight::{Kind, Rows, Step};
 pub(crate) use place::{Place, Places};
 pub(crate) use stream::Observed;
-pub(crate) use wire::{BlockFacts, Fault, TransactionStatus, Wire};
+pub(crate) use wire::{Begin, BlockFacts, Fault, TransactionStatus, Wire};

@@ -63,11 +63,25 @@ pub(super) mod happened {
     pub(in super::super) const COMMIT_NEXT: u32 = 1 << 13;
     /// A step of ours that went ahead of a statement was refused, and the statement was not run.
     pub(in super::super) const LEAD_REFUSED: u32 = 1 << 14;
+    /// That was its BEGIN, or what stands before it.
+    pub(in super::super) const BEGIN_REFUSED: u32 = 1 << 15;
 
     /// What belongs to one transaction.
-    pub(in super::super) const TRANSACTION: u32 = 0x1ff | COMMIT_NEXT | LEAD_REFUSED;
+    pub(in super::super) const TRANSACTION: u32 = 0x1ff | COMMIT_NEXT | LEAD_REFUSED | BEGIN_REFUSED;
 }
 use happened::*;
+
+/// How far the BEGIN of the transaction under way has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Begin {
+    /// It waits for a request to travel with.
+    Waiting,
+    /// It is on its way, or the server has not answered it.
+    UnderWay,
+    Confirmed,
+    /// It was refused, or the transaction has ended since: what is sent now would run on its own.
+    Over,
+}
 
 /// Why a transaction must not be committed.
 #[derive(Clone, Debug)]
@@ -335,6 +349,21 @@ impl Wire {
         begin
     }
 
+    /// How far BEGIN of the transaction under way has come.
+    #[inline]
+    pub(crate) fn begin(&self) -> Begin {
+        let happened = self.happened.load(SeqCst);
+        if happened & (BEGIN_REFUSED | ENDED_BY_SQL) != 0 {
+            Begin::Over
+        } else if happened & BEGUN != 0 {
+            Begin::Confirmed
+        } else if self.holds_begin() {
+            Begin::Waiting
+        } else {
+            Begin::UnderWay
+        }
+    }
+
     /// Whether BEGIN of the transaction under way still waits for a request to travel with.
     pub(crate) fn holds_begin(&self) -> bool {
         self.has_next() && lock(&self.next).lead.iter().any(|step| matches!(step, Step::Begin(_)))
@@ -564,10 +593,8 @@ impl Wire {
     /// The answer to a command that is not ours.
     pub(super) fn on_command(&self, tag: &[u8]) {
         match tag {
-            b"BEGIN" | b"START TRANSACTION" | b"COMMIT" | b"PREPARE TRANSACTION" => {
-                if self.has(BEGUN) {
-                    self.happen(ENDED_BY_SQL);
-                }
+            b"BEGIN" | b"START TRANSACTION" | b"COMMIT" | b"PREPARE TRANSACTION" if self.has(BEGUN) => {
+                self.happen(ENDED_BY_SQL);
             }
             b"DISCARD ALL" | b"DEALLOCATE ALL" => _ = self.discards.fetch_add(1, Relaxed),
             _ => {}

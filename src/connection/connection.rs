@@ -374,7 +374,7 @@ impl Connection {
         request.finish();
         match result {
             Err(Failure::Driver(e)) => Some(e),
-            Ok(()) | Err(Failure::Lost(_)) => None,
+            Ok(()) | Err(Failure::Lost(_) | Failure::NoTransaction) => None,
         }
     }
 

@@ -26,7 +26,7 @@
 //! While it drains nobody is granted anything: a cancel request names the server's backend, not a statement, and would hit
 //! whatever runs there.
 
-use crate::connect::TransactionStatus;
+use crate::connect::{Begin, TransactionStatus};
 
 /// Who may send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -72,6 +72,19 @@ pub(super) enum Answer {
     /// Ask again when something has changed.
     Wait,
     Refused(Refusal),
+}
+
+/// Whether a request may be given to the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Enqueued {
+    /// Now, under this number.
+    Now(u64),
+    /// When something has changed.
+    Later,
+    /// When the request with this number is answered, with which BEGIN travels.
+    AfterBegin(u64),
+    /// Its transaction is none.
+    Never,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -201,14 +214,37 @@ impl Core {
         self.preparing == 0 && matches!(self.lane, Lane::Shared(_) | Lane::Exclusive(_))
     }
 
-    /// A request that was granted is about to be given to the driver: its number, or nothing if it must wait.
+    /// A request that was granted is about to be given to the driver. `begin` tells how far the transaction's BEGIN has come,
+    /// and `sent` how many requests the wire has seen.
+    ///
+    /// Until BEGIN is confirmed there is but the one request that it travels with: what has a Sync of its own would run on
+    /// its own, should BEGIN fail.
     #[inline]
-    pub(super) fn enqueue(&mut self) -> Option<u64> {
+    pub(super) fn enqueue(&mut self, begin: impl FnOnce() -> Begin, sent: u64) -> Enqueued {
         if !self.may_enqueue() {
-            return None;
+            return Enqueued::Later;
+        }
+        if self.block == Block::Open {
+            match begin() {
+                Begin::Confirmed => {}
+                Begin::Waiting if !self.has_unsent(sent) => {}
+                Begin::Waiting | Begin::UnderWay => return Enqueued::AfterBegin(self.enqueued),
+                Begin::Over => return Enqueued::Never,
+            }
         }
         self.enqueued += 1;
-        Some(self.enqueued)
+        Enqueued::Now(self.enqueued)
+    }
+
+    /// Whether the request that was given to the driver just now is the next that the wire sees, so that what is to travel
+    /// along goes with it.
+    pub(super) fn is_next(&self, sent: u64) -> bool {
+        self.preparing == 0 && self.enqueued == sent + 1
+    }
+
+    /// One more goes right behind a request that was given to the driver just now.
+    pub(super) fn enqueue_behind(&mut self) {
+        self.enqueued += 1;
     }
 
     /// Whether the driver may have a request that it has not sent yet: what is to travel with the next one is that one's.
@@ -248,7 +284,8 @@ impl Core {
     pub(super) fn finish(&mut self) {
         match &mut self.lane {
             Lane::Shared(1) | Lane::Exclusive(_) => self.lane = Lane::Free,
-            Lane::Shared(n) | Lane::Draining(n) => *n -= 1,
+            Lane::Shared(n) => *n -= 1,
+            Lane::Draining(n) => *n = n.saturating_sub(1),
             Lane::Free | Lane::Lost(_) => {}
         }
     }
@@ -414,3 +451,7 @@ impl Core {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "core_check.rs"]
+mod check;

@@ -215,22 +215,21 @@ impl Connection {
     /// Sends all of them at its first poll, under one Sync, and COMMIT behind them if asked for. Inside a transaction only,
     /// which the first that fails aborts.
     ///
-    /// Beside other statements of the transaction each has a Sync of its own; there is no COMMIT then.
+    /// Right behind another statement of the transaction each has a Sync of its own; there is no COMMIT then.
     pub(crate) async fn run_group(
         &self,
         statements: &[Bound],
         commit: bool,
     ) -> Result<Vec<BatchResult>, Error> {
-        let (mut request, together) = match self.request(Use::Group).await {
-            Ok(request) => (request, true),
-            Err(Error::Busy) if !commit => (self.request(Use::Shared).await?, false),
-            Err(e) => return Err(e),
+        let mut request = match self.request(Use::Group).await {
+            Err(Error::Busy) if !commit => self.request(Use::Shared).await?,
+            granted => granted?,
         };
         let mut calls: Vec<_> = statements.iter().map(|bound| Box::pin(self.reply(bound))).collect();
         let mut early: Vec<Option<Reply>> = calls.iter().map(|_| None).collect();
         let count = u32::try_from(statements.len()).unwrap_or(u32::MAX);
         let group = |core: &mut Core| {
-            if together && (count > 1 || commit) {
+            if (count > 1 || commit) && core.is_next(self.wire().sent()) {
                 self.wire().group(count, commit);
             }
             if commit {

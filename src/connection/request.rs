@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::task::Poll;
 
 use super::connection::Connection;
-use super::core::{Answer, Core, Refusal, Use};
+use super::core::{Answer, Core, Enqueued, Refusal, Use};
 use super::drain;
 use super::shell::PANICKED;
 use crate::connect::Fault;
@@ -85,6 +85,8 @@ pub(super) enum Failure {
     Driver(tokio_postgres::Error),
     /// The connection was lost before the driver got it.
     Lost(&'static str),
+    /// BEGIN was refused, or the transaction has ended, before the driver got it.
+    NoTransaction,
 }
 
 impl<'a> Request<'a> {
@@ -135,19 +137,23 @@ impl<'a> Request<'a> {
             })
             .await;
             match first {
-                Some(Poll::Pending) => return call.await.map_err(Failure::Driver),
-                Some(Poll::Ready(answer)) => return answer.map_err(Failure::Driver),
-                None => Box::pin(self.turn()).await?,
+                Ok(Poll::Pending) => return call.await.map_err(Failure::Driver),
+                Ok(Poll::Ready(answer)) => return answer.map_err(Failure::Driver),
+                Err(why) => Box::pin(self.turn(why)).await?,
             }
         }
     }
 
     /// Polls the driver's future for the first time, if a request may be given to the driver now.
     #[inline]
-    fn enqueue<T>(&mut self, first: impl FnOnce(&mut Core) -> First<T>) -> Option<First<T>> {
+    fn enqueue<T>(&mut self, first: impl FnOnce(&mut Core) -> First<T>) -> Result<First<T>, Enqueued> {
+        let wire = self.connection.wire();
         let mut core = self.connection.shell.core();
-        let number = core.enqueue()?;
-        self.errors = self.connection.wire().errors();
+        let number = match core.enqueue(|| wire.begin(), wire.sent()) {
+            Enqueued::Now(number) => number,
+            why => return Err(why),
+        };
+        self.errors = wire.errors();
         let first = first(&mut core);
         if matches!(&first, Poll::Ready(Err(e)) if e.as_db_error().is_none()) {
             // It could not be encoded, or the connection is closed: the driver has sent nothing.
@@ -155,7 +161,7 @@ impl<'a> Request<'a> {
         } else {
             self.number = Some(number);
         }
-        Some(first)
+        Ok(first)
     }
 
     /// Statements are going to be prepared for it: waits until that may begin.
@@ -172,9 +178,14 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// Waits while others are preparing statements or draining.
-    async fn turn(&self) -> Result<(), Failure> {
+    /// Waits while others are preparing statements or draining, or until BEGIN is answered.
+    async fn turn(&self, why: Enqueued) -> Result<(), Failure> {
         let shell = &self.connection.shell;
+        match why {
+            Enqueued::Never => return Err(Failure::NoTransaction),
+            Enqueued::AfterBegin(number) => shell.wire.until_answered(number).await,
+            Enqueued::Now(_) | Enqueued::Later => {}
+        }
         shell.until(|core| core.may_enqueue() || core.lost().is_some()).await;
         let lost = shell.core().lost();
         lost.map_or(Ok(()), |reason| Err(Failure::Lost(reason)))
@@ -188,26 +199,32 @@ impl<'a> Request<'a> {
         answers: &mut [Option<F::Output>],
         mut before: impl FnMut(&mut Core),
     ) -> Result<(), Failure> {
+        let wire = self.connection.wire();
         loop {
             let sent = poll_fn(|cx| {
                 let mut core = self.connection.shell.core();
-                if !core.may_enqueue() {
-                    return Poll::Ready(false);
-                }
+                // Asked once: those that follow go with the first, or BEGIN is confirmed.
+                let first = match core.enqueue(|| wire.begin(), wire.sent()) {
+                    Enqueued::Now(number) => number,
+                    why => return Poll::Ready(Err(why)),
+                };
                 before(&mut core);
-                for (call, answer) in calls.iter_mut().zip(answers.iter_mut()) {
-                    self.number = core.enqueue();
+                for ((index, call), answer) in (0..).zip(calls.iter_mut()).zip(answers.iter_mut()) {
+                    if index > 0 {
+                        core.enqueue_behind();
+                    }
+                    self.number = Some(first + index);
                     if let Poll::Ready(early) = call.as_mut().poll(cx) {
                         *answer = Some(early);
                     }
                 }
-                Poll::Ready(true)
+                Poll::Ready(Ok(()))
             })
             .await;
-            if sent {
-                return Ok(());
+            match sent {
+                Ok(()) => return Ok(()),
+                Err(why) => self.turn(why).await?,
             }
-            self.turn().await?;
         }
     }
 
@@ -219,6 +236,13 @@ impl<'a> Request<'a> {
         match failure {
             Failure::Driver(error) => self.connection.shell.explain(error, outside),
             Failure::Lost(reason) => self.connection.shell.lost(reason),
+            Failure::NoTransaction if self.connection.wire().is_ended_by_sql() => {
+                self.connection.ended_by_sql()
+            }
+            Failure::NoTransaction => match self.connection.wire().fault(0) {
+                Some(fault) => self.connection.shell.broken_by(&fault),
+                None => self.connection.shell.lost("BEGIN was refused"),
+            },
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
+use std::sync::OnceLock;
 
 use bytes::Bytes;
 use futures_core::Stream;
@@ -11,7 +12,7 @@ use tokio_postgres::Row;
 use super::connection::Connection;
 use super::copy_in::{self, CopyRowsIn, TableName};
 use super::copy_out::CopyRowsOut;
-use super::core::Use;
+use super::core::{Core, Use};
 use super::request::{Failure, Request};
 use super::stream::{CopyIn, CopyOut, RowStream};
 use crate::connect::Kind;
@@ -196,16 +197,22 @@ impl Connection {
         let mut request = self.request(Use::Shared).await?;
         self.shell.mark_dirty();
         self.note_traits(Traits::of(sql));
-        // What is still to go ahead of it goes into its text. Asked for when nobody else's request can come in between.
+        // What is still to go ahead of it goes into its text.
+        let lead = OnceLock::new();
         let call = pin!(async {
-            let lead = self.wire().lead_in_text();
-            if lead.is_empty() {
-                self.client.batch_execute(sql).await
-            } else {
-                self.client.batch_execute(&(lead + sql)).await
+            match lead.get() {
+                Some(lead) => self.client.batch_execute(&format!("{lead}{sql}")).await,
+                None => self.client.batch_execute(sql).await,
             }
         });
-        match request.send(call, |_| ()).await {
+        let before = |core: &mut Core| {
+            // Behind a request that the driver has not sent yet, it goes with that one.
+            let text = if core.is_next(self.wire().sent()) { self.wire().lead_in_text() } else { String::new() };
+            if !text.is_empty() {
+                _ = lead.set(text);
+            }
+        };
+        match request.send(call, before).await {
             Ok(()) => {
                 request.finish();
                 Ok(())

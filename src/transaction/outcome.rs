@@ -240,7 +240,8 @@ mod tests {
             fatal: None,
         };
         let fatal = Some(error(true));
-        let rows: [(&str, BlockFacts, Answer, fn(&Outcome) -> bool); 8] = [
+        type Row = (&'static str, BlockFacts, Answer, fn(&Outcome) -> bool);
+        let rows: [Row; 8] = [
             ("an answer", BlockFacts { committed: true, ..open.clone() }, Answer::Came, |o| {
                 *o == Outcome::Committed
             }),
