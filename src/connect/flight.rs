@@ -37,6 +37,10 @@ impl Step {
     fn write(&self, out: &mut BytesMut) -> io::Result<()> {
         match self {
             Self::RollBack => run("ROLLBACK", out),
+            Self::Begin(sql) if sql == "BEGIN" => {
+                out.put_slice(BEGIN);
+                Ok(())
+            }
             Self::Begin(sql) => run(sql, out),
             Self::Commit => run("COMMIT", out),
             // Names are made, never taken from users; quoted all the same.
@@ -76,6 +80,9 @@ impl Step {
         sql.push(';');
     }
 }
+
+/// Most transactions begin so: [`run`], done beforehand.
+const BEGIN: &[u8] = b"P\0\0\0\x0d\0BEGIN\0\0\0B\0\0\0\x0c\0\0\0\0\0\0\0\0E\0\0\0\x09\0\0\0\0\0";
 
 /// Parse, Bind and Execute of a statement without parameters, all unnamed.
 fn run(sql: &str, out: &mut BytesMut) -> io::Result<()> {
@@ -215,5 +222,6 @@ mod tests {
         frontend::bind("", "", [], none, |_, _| Ok(IsNull::No), [], &mut theirs).ok().expect("a message");
         frontend::execute("", 0, &mut theirs).expect("a message");
         assert_eq!(ours, theirs);
+        assert_eq!(ours, BEGIN);
     }
 }

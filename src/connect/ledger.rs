@@ -8,6 +8,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 
 use bytes::{BufMut, BytesMut};
 
@@ -138,6 +139,8 @@ pub(super) struct Ledger {
     asked: u64,
     came: u64,
     special: VecDeque<Special>,
+    /// Up to this ReadyForQuery the answers are the driver's own affair.
+    plain: u64,
 
     incoming: Frames,
     /// So much of the header under way was given to the driver.
@@ -162,7 +165,7 @@ impl Ledger {
     pub(super) fn new() -> Self {
         Self {
             outgoing: Frames::startup(),
-            writing: Writing::Request,
+            writing: Writing::Nothing,
             written_of_header: 0,
             group: None,
             held: BytesMut::new(),
@@ -173,6 +176,7 @@ impl Ledger {
             asked: 1,
             came: 0,
             special: VecDeque::from([Special { at: 0, kind: Answering::Closing }]),
+            plain: 0,
             incoming: Frames::default(),
             read_of_header: 0,
             passing: true,
@@ -206,17 +210,26 @@ impl Ledger {
 impl Ledger {
     /// Counts what was written as it is.
     #[inline]
-    pub(super) fn wrote(&mut self, mut bytes: &[u8], wire: &Wire) {
+    pub(super) fn wrote(&mut self, bytes: &[u8], wire: &Wire) {
+        let mut rest = bytes;
         let mut sent = 0;
         if self.outgoing.at_boundary() {
-            while let Some((tag, _)) = whole(&mut bytes) {
+            while let Some(&[tag, a, b, c, d]) = rest.first_chunk() {
+                let length = (u32::from_be_bytes([a, b, c, d]) as usize).saturating_add(1);
+                let Some(next) = rest.get(length..) else { break };
+                rest = next;
+                // All that a request of several messages needs, told by its first and its last.
+                if self.writing == Writing::Request && tag != b'S' && tag != b'Q' {
+                    continue;
+                }
                 sent += u64::from(self.count(tag));
             }
         }
-        if !bytes.is_empty() {
-            sent += self.wrote_in_parts(bytes);
+        if !rest.is_empty() {
+            sent += self.wrote_in_parts(rest);
         }
         if sent > 0 {
+            self.look_ahead();
             wire.on_sent(sent);
         }
     }
@@ -243,6 +256,7 @@ impl Ledger {
             (b'S', Writing::Closing) => {
                 self.special.push_back(Special { at: self.asked, kind: Answering::Closing });
                 self.asked += 1;
+                self.look_ahead();
                 self.writing = Writing::Nothing;
                 false
             }
@@ -256,6 +270,8 @@ impl Ledger {
                 self.writing = Writing::Nothing;
                 true
             }
+            // Start-up and passwords are no requests.
+            (0 | b'p', Writing::Nothing) => false,
             (tag, Writing::Nothing) => {
                 self.writing = begun_by(tag);
                 false
@@ -263,11 +279,6 @@ impl Ledger {
             (b'C', Writing::Closing) => false,
             (_, Writing::Closing) => {
                 self.writing = Writing::Request;
-                false
-            }
-            // A password, or what follows it.
-            (0 | b'p', _) => {
-                self.writing = Writing::Nothing;
                 false
             }
             _ => false,
@@ -378,6 +389,7 @@ impl Ledger {
             self.special.push_back(Special { at: self.asked, kind: Answering::Nobody });
             self.asked += 1;
         }
+        self.look_ahead();
     }
 
     /// A frame has been written as it is.
@@ -400,6 +412,7 @@ impl Ledger {
             }
         }
         if self.count(tag) {
+            self.look_ahead();
             wire.on_sent(1);
         }
     }
@@ -435,109 +448,145 @@ impl Ledger {
 
 /// What comes in.
 impl Ledger {
-    /// Whether every frame is the driver's, and nothing is kept for it.
+    /// Whether every frame is the driver's own affair, up to the next ReadyForQuery at least.
     #[inline]
     fn is_plain(&self) -> bool {
-        self.special.front().is_none_or(|special| special.at != self.came)
-            && self.incoming.at_boundary()
-            && !self.discarding
+        self.came < self.plain && !self.discarding
     }
 
-    /// Reads what came. So many of the first bytes are the driver's as they are; what else is the driver's is
-    /// [ready](Self::ready).
+    /// Whose the answers are has changed.
+    fn look_ahead(&mut self) {
+        let special = self.special.front().map_or(u64::MAX, |special| special.at);
+        self.plain = special.min(self.asked);
+    }
+
+    /// Reads what came, and moves what is the driver's to the front, where there is so much of it then. What else is the
+    /// driver's is [ready](Self::ready), and comes behind.
     #[inline]
-    pub(super) fn read(&mut self, bytes: &[u8], wire: &Wire) -> usize {
-        let mut rest = bytes;
-        let mut copying = !self.ready.is_empty();
-        let mut kept = 0;
-        loop {
-            if !copying && self.is_plain() {
-                self.read_whole(&mut rest, wire);
-                kept = bytes.len() - rest.len();
+    pub(super) fn read(&mut self, bytes: &mut [u8], wire: &Wire) -> usize {
+        let mut at = 0;
+        if self.ready.is_empty() && self.incoming.at_boundary() && self.is_plain() {
+            at = self.read_plain(bytes, wire);
+            if at == bytes.len() {
+                return at;
             }
-            if rest.is_empty() {
-                return kept;
-            }
-            self.read_part(bytes, &mut rest, &mut kept, &mut copying, wire);
         }
+        self.read_on(bytes, at, wire)
     }
 
-    /// The common case: frames that are here as a whole, and all of them the driver's.
+    /// The common case: frames that are here as a whole, and all of them the driver's. Returns where they end.
     #[inline]
-    fn read_whole(&mut self, rest: &mut &[u8], wire: &Wire) {
-        while let Some(&tag) = rest.first() {
-            if matches!(tag, b'G' | b'H') || self.came >= self.asked {
-                return;
-            }
-            let Some((tag, body)) = whole(rest) else { return };
+    fn read_plain(&mut self, bytes: &[u8], wire: &Wire) -> usize {
+        let mut rest = bytes;
+        loop {
+            let at = bytes.len() - rest.len();
+            let Some((tag, body)) = whole(&mut rest) else { return at };
             match tag {
                 b'Z' => {
                     self.end_answer(body, wire);
                     if !self.is_plain() {
-                        return;
+                        return bytes.len() - rest.len();
                     }
                 }
                 b'C' if is_command(body) => self.on_command(body, wire),
                 b'2' => self.bound = true,
                 b'E' => _ = wire.on_error(body),
+                b'G' | b'H' => return at,
                 _ => {}
             }
         }
     }
 
-    /// Reads what is here of one frame. So many bytes pass as they are; once one did not, or something was put in
-    /// between, the others are copied.
+    /// Frames that come in parts, or are not all the driver's, from `at` on.
+    fn read_on(&mut self, bytes: &mut [u8], mut at: usize, wire: &Wire) -> usize {
+        // The end of what is the driver's, as long as nothing had to be put in between.
+        let mut kept = at;
+        while at < bytes.len() {
+            if self.incoming.at_boundary() {
+                if self.ready.is_empty() && kept == at && self.is_plain() {
+                    let plain = self.read_plain(&bytes[at..], wire);
+                    at += plain;
+                    kept = at;
+                    if at == bytes.len() {
+                        break;
+                    }
+                }
+                let mut rest = &bytes[at..];
+                if let Some((tag, body)) = whole(&mut rest) {
+                    let length = body.len() + 5;
+                    let mut from = at;
+                    if self.passes(tag, wire) {
+                        from = self.keep(bytes, at..at + length, &mut kept);
+                    }
+                    at += length;
+                    self.end_incoming(tag, &bytes[from + 5..from + length], wire);
+                    continue;
+                }
+            }
+            at = self.read_part(bytes, at, &mut kept, wire);
+        }
+        kept
+    }
+
+    /// Gives the driver a part of what came, and tells where it is now.
+    #[inline]
+    fn keep(&mut self, bytes: &mut [u8], part: Range<usize>, kept: &mut usize) -> usize {
+        if !self.ready.is_empty() {
+            self.ready.put_slice(&bytes[part.clone()]);
+            return part.start;
+        }
+        let start = *kept;
+        if start != part.start {
+            bytes.copy_within(part.clone(), start);
+        }
+        *kept += part.len();
+        start
+    }
+
+    /// Reads what is here of one frame that is not here as a whole. Returns where it ends.
     #[cold]
-    fn read_part(
-        &mut self,
-        bytes: &[u8],
-        rest: &mut &[u8],
-        kept: &mut usize,
-        copying: &mut bool,
-        wire: &Wire,
-    ) {
-        let before = bytes.len() - rest.len();
-        let plain = self.is_plain();
-        let Some(piece) = self.incoming.take(rest) else {
+    fn read_part(&mut self, bytes: &mut [u8], at: usize, kept: &mut usize, wire: &Wire) -> usize {
+        let plain = self.incoming.at_boundary() && self.is_plain();
+        let mut rest = &bytes[at..];
+        let piece = self.incoming.take(&mut rest);
+        let end = bytes.len() - rest.len();
+        let Some(piece) = piece else {
             // Half a header. Where nothing is ours it is the driver's; else that is told when it is complete.
             if plain || self.read_of_header > 0 {
                 self.read_of_header = self.incoming.partial();
-                if *copying { self.ready.put_slice(&bytes[before..]) } else { *kept = bytes.len() }
+                self.keep(bytes, at..end, kept);
             }
-            return;
+            return end;
         };
+        let (tag, ends) = (piece.tag, piece.ends);
+        let body = end - piece.body.len()..end;
         if let Some(header) = piece.header {
             let given = std::mem::take(&mut self.read_of_header);
-            self.passing = self.passes(piece.tag, wire) || given > 0;
+            self.passing = self.passes(tag, wire) || given > 0;
             self.body.clear();
             if self.passing {
-                let here = bytes.len() - rest.len() - before - piece.body.len();
-                if !*copying && 5 - given == here {
-                    *kept += here;
+                let here = body.start - at;
+                if 5 - given == here {
+                    self.keep(bytes, at..body.start, kept);
                 } else {
-                    *copying = true;
+                    // The rest of it came before, and was held back.
                     self.ready.put_slice(&header[given..]);
                 }
             }
         }
-        if !self.passing {
-            *copying = true;
-        } else if *copying {
-            self.ready.put_slice(piece.body);
-        } else {
-            *kept += piece.body.len();
-        }
-        if matches!(piece.tag, b'Z' | b'C' | b'E' | b'K') {
+        if matches!(tag, b'Z' | b'C' | b'E' | b'K') {
             let room = BODY_LIMIT.saturating_sub(self.body.len());
-            self.body.put_slice(&piece.body[..piece.body.len().min(room)]);
+            self.body.put_slice(&bytes[body.start..body.end.min(body.start + room)]);
         }
-        if piece.ends {
+        if self.passing {
+            self.keep(bytes, body, kept);
+        }
+        if ends {
             let body = std::mem::take(&mut self.body);
-            let length = self.ready.len();
-            self.end_incoming(piece.tag, &body, wire);
-            *copying |= self.ready.len() > length;
+            self.end_incoming(tag, &body, wire);
             self.body = body;
         }
+        end
     }
 
     fn front(&mut self) -> Option<&mut Answering> {
@@ -710,9 +759,9 @@ impl Ledger {
         if special { self.end_special(wire) } else { wire.on_answered(1) }
     }
 
-    #[cold]
     fn end_special(&mut self, wire: &Wire) {
         let Some(special) = self.special.pop_front() else { return };
+        self.look_ahead();
         if let Answering::Flight(exchange) = special.kind {
             // Those that the server has read over, and the Closes between them.
             for _ in 1..exchange.requests as usize + exchange.closes.len() {

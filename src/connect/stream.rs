@@ -75,7 +75,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Observed<S> {
             }
             let before = buf.filled().len();
             ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
-            let bytes = &buf.filled()[before..];
+            let bytes = &mut buf.filled_mut()[before..];
             if bytes.is_empty() {
                 return Poll::Ready(Ok(()));
             }

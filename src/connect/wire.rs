@@ -65,9 +65,11 @@ pub(super) mod happened {
     pub(in super::super) const LEAD_REFUSED: u32 = 1 << 14;
     /// That was its BEGIN, or what stands before it.
     pub(in super::super) const BEGIN_REFUSED: u32 = 1 << 15;
+    /// Faults of our own are on record.
+    pub(in super::super) const NOTED: u32 = 1 << 16;
 
     /// What belongs to one transaction.
-    pub(in super::super) const TRANSACTION: u32 = 0x1ff | COMMIT_NEXT | LEAD_REFUSED | BEGIN_REFUSED;
+    pub(in super::super) const TRANSACTION: u32 = 0x1ff | COMMIT_NEXT | LEAD_REFUSED | BEGIN_REFUSED | NOTED;
 }
 use happened::*;
 
@@ -451,9 +453,7 @@ impl Wire {
     /// Ends the record.
     pub(crate) fn stop_recording(&self) {
         self.undo(TRANSACTION);
-        let mut record = lock(&self.record);
-        record.faults.clear();
-        record.forgiven.clear();
+        // What is on record is cleared when the next is begun.
     }
 
     /// Puts a fault of our own on record: the transaction must not be committed.
@@ -463,6 +463,7 @@ impl Wire {
             if record.faults.len() < RECORD_LIMIT {
                 record.faults.push(fault);
             }
+            self.happen(NOTED);
         }
     }
 
@@ -487,7 +488,7 @@ impl Wire {
 
     /// How many faults the transaction has and has not rolled back to before.
     pub(crate) fn mark(&self) -> usize {
-        lock(&self.record).faults.len()
+        if self.has(RECORDING) { lock(&self.record).faults.len() } else { 0 }
     }
 
     /// Forgets the faults since `mark`: ROLLBACK TO SAVEPOINT undid what they broke. Serialization failures and deadlocks
@@ -502,19 +503,25 @@ impl Wire {
 
     /// What broke the transaction since `mark`: the first, and never 25P02, which is only its symptom.
     pub(crate) fn fault(&self, mark: usize) -> Option<Fault> {
-        lock(&self.record).faults.get(mark).cloned()
+        if self.has(RECORDING) { lock(&self.record).faults.get(mark).cloned() } else { None }
     }
 
     /// A serialization failure or deadlock that a savepoint was rolled back for.
     pub(crate) fn forgiven(&self) -> Option<Arc<ServerError>> {
-        lock(&self.record).forgiven.first().cloned()
+        if self.has(RECORDING) { lock(&self.record).forgiven.first().cloned() } else { None }
     }
 
     /// All that is known of the transaction under way.
     pub(crate) fn facts(&self) -> BlockFacts {
         let happened = self.happened.load(SeqCst);
         let has = |what: u32| happened & what != 0;
-        let record = lock(&self.record);
+        // Seldom is there anything on record.
+        let (fault, fatal) = if has(ERRORS | NOTED | FATAL) {
+            let record = lock(&self.record);
+            (record.faults.first().cloned(), record.fatal.clone())
+        } else {
+            (None, None)
+        };
         BlockFacts {
             begun: has(BEGUN),
             commit_sent: has(COMMIT_SENT),
@@ -525,8 +532,8 @@ impl Wire {
             ended_before_commit: has(ENDED_BEFORE_COMMIT),
             over: has(FATAL | CLOSED),
             status: self.status(),
-            fault: record.faults.first().cloned(),
-            fatal: record.fatal.clone(),
+            fault,
+            fatal,
         }
     }
 }

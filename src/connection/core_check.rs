@@ -218,7 +218,9 @@ impl Model {
                         next.callers[who] = match next.core.ask(what, next.sent) {
                             Answer::Granted => Caller::Granted,
                             Answer::Wait => Caller::Waiting,
-                            Answer::Refused(Refusal::Lost(_) | Refusal::Busy | Refusal::StreamOpen) => Caller::Done,
+                            Answer::Refused(Refusal::Lost(_) | Refusal::Busy | Refusal::StreamOpen) => {
+                                Caller::Done
+                            }
                         };
                     }));
                 }
@@ -317,9 +319,9 @@ impl Model {
 
     /// Nobody borrows the session, or the transaction, but what was leaked.
     fn unborrowed(&self) -> bool {
-        self.callers.iter().all(|caller| {
-            matches!(caller, Caller::Idle | Caller::Done | Caller::Gone | Caller::Leaked)
-        })
+        self.callers
+            .iter()
+            .all(|caller| matches!(caller, Caller::Idle | Caller::Done | Caller::Gone | Caller::Leaked))
     }
 }
 
@@ -731,9 +733,8 @@ impl Model {
 
     /// Nothing can happen any more: then nobody waits, and the session is over.
     fn check_end(&self) -> Result<(), String> {
-        let waits = |caller: &Caller| {
-            !matches!(caller, Caller::Idle | Caller::Done | Caller::Gone | Caller::Leaked)
-        };
+        let waits =
+            |caller: &Caller| !matches!(caller, Caller::Idle | Caller::Done | Caller::Gone | Caller::Leaked);
         if self.callers.iter().any(waits) || self.session != Session::Back || self.drain != Drain::Not {
             return Err(format!("somebody waits for ever: {self:?}"));
         }

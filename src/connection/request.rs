@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::task::Poll;
+use std::task::{Context, Poll};
 
 use super::connection::Connection;
 use super::core::{Answer, Core, Enqueued, Refusal, Use};
@@ -129,18 +129,39 @@ impl<'a> Request<'a> {
         F: Future<Output = Result<T, tokio_postgres::Error>>,
     {
         loop {
-            let first = poll_fn(|cx| {
-                Poll::Ready(self.enqueue(|core| {
-                    before(core);
-                    call.as_mut().poll(cx)
-                }))
-            })
-            .await;
-            match first {
-                Ok(Poll::Pending) => return call.await.map_err(Failure::Driver),
-                Ok(Poll::Ready(answer)) => return answer.map_err(Failure::Driver),
+            match poll_fn(|cx| self.poll_sent(cx, call.as_mut(), &mut before)).await {
+                Ok(answer) => return answer.map_err(Failure::Driver),
                 Err(why) => Box::pin(self.turn(why)).await?,
             }
+        }
+    }
+
+    /// It is answered, and is to be given to the driver once more.
+    pub(super) fn begin_again(&mut self) {
+        self.number = None;
+    }
+
+    /// Polls the driver's future; the first time only if a request may be given to the driver now.
+    #[inline]
+    pub(super) fn poll_sent<T, F>(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut call: Pin<&mut F>,
+        before: impl FnOnce(&mut Core),
+    ) -> Poll<Result<Result<T, tokio_postgres::Error>, Enqueued>>
+    where
+        F: Future<Output = Result<T, tokio_postgres::Error>>,
+    {
+        if self.number.is_some() {
+            return call.poll(cx).map(Ok);
+        }
+        let first = self.enqueue(|core| {
+            before(core);
+            call.as_mut().poll(cx)
+        });
+        match first {
+            Ok(first) => first.map(Ok),
+            Err(why) => Poll::Ready(Err(why)),
         }
     }
 
@@ -179,7 +200,7 @@ impl<'a> Request<'a> {
     }
 
     /// Waits while others are preparing statements or draining, or until BEGIN is answered.
-    async fn turn(&self, why: Enqueued) -> Result<(), Failure> {
+    pub(super) async fn turn(&self, why: Enqueued) -> Result<(), Failure> {
         let shell = &self.connection.shell;
         match why {
             Enqueued::Never => return Err(Failure::NoTransaction),

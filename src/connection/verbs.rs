@@ -3,6 +3,7 @@
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::OnceLock;
+use std::task::{Poll, ready};
 
 use bytes::Bytes;
 use futures_core::Stream;
@@ -22,47 +23,59 @@ use crate::statements::{Source, Statement, ToStatement, Traits};
 /// The driver's rows of a statement under way.
 type Rows = tokio_postgres::RowStream;
 
-/// The next row, if there is one.
+/// Gives every row to `take`, up to the end of the answer.
 #[inline]
-async fn next(rows: &mut Pin<&mut Rows>) -> Option<Result<Row, tokio_postgres::Error>> {
-    poll_fn(|cx| rows.as_mut().poll_next(cx)).await
+async fn drain(mut rows: Pin<&mut Rows>, mut take: impl FnMut(Row)) -> Result<(), tokio_postgres::Error> {
+    poll_fn(|cx| {
+        loop {
+            match ready!(rows.as_mut().poll_next(cx)) {
+                Some(Ok(row)) => take(row),
+                Some(Err(e)) => return Poll::Ready(Err(e)),
+                None => return Poll::Ready(Ok(())),
+            }
+        }
+    })
+    .await
 }
 
-impl Connection {
-    /// Sends a statement. Should it turn out to be stale before it was run, and outside a transaction, it is prepared
-    /// afresh and sent once more.
-    #[inline]
-    async fn start<S>(
-        &self,
-        what: Use,
-        sql: &S,
-        params: &[&(dyn ToSql + Sync)],
-    ) -> Result<(Rows, Request<'_>), Error>
-    where
-        S: ToStatement + ?Sized,
-    {
-        let mut request = match self.request_now(what)? {
+/// Sends a statement, and gives its rows and the request. Should it turn out to be stale before it was run, and outside a
+/// transaction, it is prepared afresh and sent once more.
+///
+/// A macro, and what is seldom needed is boxed, so that the common case is one small future deep.
+macro_rules! start {
+    ($self:ident, $what:expr, $sql:ident, $params:ident) => {{
+        let mut request = match $self.request_now($what)? {
             Some(request) => request,
-            None => Box::pin(self.request(what)).await?,
+            None => Box::pin($self.request($what)).await?,
         };
-        let statement = match self.at_hand(sql) {
-            Ok(Some(statement)) => statement,
-            Ok(None) => match Box::pin(self.prepare_source(&mut request, sql)).await {
-                Ok(statement) => statement,
-                Err(failure) => return Err(request.failed(failure).await),
-            },
+        let statement = match $self.at_hand($sql) {
+            Ok(Some(statement)) => Ok(statement),
+            Ok(None) => Box::pin($self.prepare_source(&mut request, $sql)).await,
             Err(e) => {
                 request.finish();
                 return Err(e);
             }
         };
-        let call = pin!(self.client.query_raw(statement.inner(), params.iter().copied()));
-        match request.send(call, |_| ()).await {
-            Ok(rows) => Ok((rows, request)),
-            Err(failure) => Box::pin(self.start_again(request, failure, sql, params)).await,
+        let statement = match statement {
+            Ok(statement) => statement,
+            Err(failure) => return Err(Box::pin(request.failed(failure)).await),
+        };
+        let mut call = pin!($self.client.query_raw(statement.inner(), $params.iter().copied()));
+        let answer = match poll_fn(|cx| request.poll_sent(cx, call.as_mut(), |_| ())).await {
+            Ok(answer) => answer.map_err(Failure::Driver),
+            Err(why) => match Box::pin(request.turn(why)).await {
+                Ok(()) => Box::pin(request.send(call, |_| ())).await,
+                Err(failure) => Err(failure),
+            },
+        };
+        match answer {
+            Ok(rows) => (rows, request),
+            Err(failure) => Box::pin($self.start_again(request, failure, $sql, $params)).await?,
         }
-    }
+    }};
+}
 
+impl Connection {
     /// The driver tells of a failure before the statement was bound, so it has done nothing yet.
     #[cold]
     async fn start_again<'a, S>(
@@ -83,6 +96,7 @@ impl Connection {
         if !stale || !self.is_outside_of_block() {
             return Err(request.failed(failure).await);
         }
+        request.begin_again();
         let statement = match self.prepare_source(&mut request, sql).await {
             Ok(statement) => statement,
             Err(failure) => return Err(request.failed(failure).await),
@@ -115,16 +129,13 @@ impl Connection {
     where
         S: ToStatement + ?Sized,
     {
-        let (rows, request) = self.start(Use::Shared, sql, params).await?;
+        let (rows, request) = start!(self, Use::Shared, sql, params);
         let mut rows = pin!(rows);
         let mut all = Vec::new();
-        while let Some(row) = next(&mut rows).await {
-            match row {
-                Ok(row) => all.push(row),
-                Err(e) => return Err(request.failed(Failure::Driver(e)).await),
-            }
+        match drain(rows.as_mut(), |row| all.push(row)).await {
+            Ok(()) => request.finish(),
+            Err(e) => return Err(Box::pin(request.failed(Failure::Driver(e))).await),
         }
-        request.finish();
         Ok(all)
     }
 
@@ -151,17 +162,17 @@ impl Connection {
     where
         S: ToStatement + ?Sized,
     {
-        let (rows, request) = self.start(Use::Shared, sql, params).await?;
+        let (rows, request) = start!(self, Use::Shared, sql, params);
         let mut rows = pin!(rows);
         let (mut first, mut more) = (None, false);
-        while let Some(row) = next(&mut rows).await {
-            match row {
-                Ok(row) if first.is_none() => first = Some(row),
-                Ok(_) => more = true,
-                Err(e) => return Err(request.failed(Failure::Driver(e)).await),
-            }
+        let take = |row| {
+            more = first.is_some();
+            first.get_or_insert(row);
+        };
+        match drain(rows.as_mut(), take).await {
+            Ok(()) => request.finish(),
+            Err(e) => return Err(Box::pin(request.failed(Failure::Driver(e))).await),
         }
-        request.finish();
         if more { Err(Error::TooManyRows) } else { Ok(first) }
     }
 
@@ -174,14 +185,12 @@ impl Connection {
     where
         S: ToStatement + ?Sized,
     {
-        let (rows, request) = self.start(Use::Shared, sql, params).await?;
+        let (rows, request) = start!(self, Use::Shared, sql, params);
         let mut rows = pin!(rows);
-        while let Some(row) = next(&mut rows).await {
-            if let Err(e) = row {
-                return Err(request.failed(Failure::Driver(e)).await);
-            }
+        match drain(rows.as_mut(), drop).await {
+            Ok(()) => request.finish(),
+            Err(e) => return Err(Box::pin(request.failed(Failure::Driver(e))).await),
         }
-        request.finish();
         Ok(rows.rows_affected().unwrap_or(0))
     }
 
@@ -207,7 +216,8 @@ impl Connection {
         });
         let before = |core: &mut Core| {
             // Behind a request that the driver has not sent yet, it goes with that one.
-            let text = if core.is_next(self.wire().sent()) { self.wire().lead_in_text() } else { String::new() };
+            let text =
+                if core.is_next(self.wire().sent()) { self.wire().lead_in_text() } else { String::new() };
             if !text.is_empty() {
                 _ = lead.set(text);
             }
@@ -239,7 +249,7 @@ impl Connection {
     where
         S: ToStatement + ?Sized,
     {
-        let (rows, request) = self.start(Use::Stream, sql, params).await?;
+        let (rows, request) = start!(self, Use::Stream, sql, params);
         Ok(RowStream::new(self, rows, request))
     }
 
