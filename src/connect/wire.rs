@@ -260,10 +260,22 @@ impl Wire {
     /// Waits until the request with this number is answered, or nothing is owed, or the connection is over. The driver
     /// hands out an error before it has read the ReadyForQuery behind it, which says how the session stands.
     pub(crate) async fn until_answered(&self, request: u64) {
-        let done = || {
+        self.until(|| {
             let answered = self.answered();
             answered >= request || answered >= self.sent() || self.is_over()
-        };
+        })
+        .await;
+    }
+
+    /// Waits for the answer to the BEGIN that travels with the request of this number; whether it was confirmed.
+    pub(crate) async fn until_begun(&self, request: u64) -> bool {
+        let known = || matches!(self.begin(), Begin::Confirmed | Begin::Over);
+        self.until(|| known() || self.answered() >= request || self.is_over()).await;
+        self.begin() == Begin::Confirmed
+    }
+
+    /// Waits for `done`, which becomes true by an answer.
+    async fn until(&self, done: impl Fn() -> bool) {
         if done() {
             return;
         }

@@ -204,7 +204,11 @@ impl<'a> Request<'a> {
         let shell = &self.connection.shell;
         match why {
             Enqueued::Never => return Err(Failure::NoTransaction),
-            Enqueued::AfterBegin(number) => shell.wire.until_answered(number).await,
+            Enqueued::AfterBegin(number) => {
+                if !shell.wire.until_begun(number).await {
+                    return Err(Failure::NoTransaction);
+                }
+            }
             Enqueued::Now(_) | Enqueued::Later => {}
         }
         shell.until(|core| core.may_enqueue() || core.lost().is_some()).await;
