@@ -392,7 +392,7 @@ impl SessionManager {
     ///
     /// As [`begin`](Self::begin).
     pub async fn begin_with(&self, options: TransactionOptions) -> Result<Transaction<'static>, Error> {
-        Transaction::begin_owned(self.acquire().await?, &options)
+        Transaction::begin_owned(self.acquire().await?.kept(), &options)
     }
 
     /// Makes sure that the database can be reached: one round trip on a session.

@@ -173,7 +173,30 @@ impl Deref for Session {
 
     #[inline]
     fn deref(&self) -> &Connection {
-        self.connection()
+        let connection = self.connection();
+        if connection.wire().is_recording() {
+            // While a transaction of this session lives, nobody gets here: it was leaked.
+            connection.claim_now();
+        }
+        connection
+    }
+}
+
+/// A session that a transaction keeps, whose own use of it is no sign that it was leaked.
+pub(crate) struct Kept(Session);
+
+impl Session {
+    pub(crate) fn kept(self) -> Kept {
+        Kept(self)
+    }
+}
+
+impl Deref for Kept {
+    type Target = Connection;
+
+    #[inline]
+    fn deref(&self) -> &Connection {
+        self.0.connection()
     }
 }
 

@@ -168,7 +168,11 @@ pub(crate) struct Traits {
     /// Errs on the side of "yes": what it costs is one reset in the background. What it cannot see is a function that
     /// does such a thing inside.
     pub(crate) leaves_state: bool,
+    /// It is COPY.
     pub(crate) copy: bool,
+    /// It is COPY from the client, or to it.
+    pub(crate) copy_in: bool,
+    pub(crate) copy_out: bool,
     /// It begins or ends transactions.
     pub(crate) controls: bool,
     /// It rolls back and chains: its tag is that of ROLLBACK TO.
@@ -181,7 +185,11 @@ impl Traits {
         let mut traits = Self::default();
         for statement in sql::split(sql) {
             traits.leaves_state |= leaves_state(&statement);
-            traits.copy |= first(&statement).is_some_and(|word| word.eq_ignore_ascii_case("copy"));
+            if first(&statement).is_some_and(|word| word.eq_ignore_ascii_case("copy")) {
+                traits.copy = true;
+                traits.copy_in |= copies(&statement, "from");
+                traits.copy_out |= copies(&statement, "to");
+            }
             let roll_back = statement.word(0, "rollback") || statement.word(0, "abort");
             let chain = statement.tokens.windows(2).any(|t| t[0].is("and") && t[1].is("chain"));
             // The connection is to forget that it saw this, too.
@@ -194,6 +202,19 @@ impl Traits {
         }
         traits
     }
+}
+
+/// Whether COPY goes this way between the server and its client; the grammar takes either name for the client's end.
+fn copies(statement: &SqlStatement<'_>, way: &str) -> bool {
+    let mut depth = 0;
+    statement.tokens.windows(2).any(|pair| {
+        match pair[0] {
+            Token::Symbol(b'(') => depth += 1,
+            Token::Symbol(b')') => depth -= 1,
+            _ => {}
+        }
+        depth == 0 && pair[0].is(way) && (pair[1].is("stdin") || pair[1].is("stdout"))
+    })
 }
 
 /// The first word, parentheses aside.
@@ -215,10 +236,15 @@ fn leaves_state(statement: &SqlStatement<'_>) -> bool {
         Some("set") => ["local", "transaction", "constraints"].iter().any(|word| statement.word(1, word)),
         Some(_) => false,
     };
+    // Quoted with escapes, a name can be spelt in any way.
+    let escapes = statement
+        .tokens
+        .windows(3)
+        .any(|tokens| matches!(tokens, [u, Token::Symbol(b'&'), Token::Quoted(_)] if u.is("u")));
     !harmless
+        || escapes
         || statement.tokens.iter().any(|token| match token {
-            // Quoted with escapes, a name can be spelt in any way.
-            Token::Quoted(name) => name.contains('\\') || reveals(name),
+            Token::Quoted(name) => reveals(name),
             Token::Word(word) => reveals(word),
             Token::Text(_) | Token::Symbol(_) => false,
         })
@@ -272,6 +298,7 @@ mod tests {
             "UPDATE pg_settings SET setting = 'a' WHERE name = 'search_path'",
             "SELECT \"set_config\"('a.b', 'c', false)",
             r#"SELECT U&"set\005fconfig"('a.b', 'c', false)"#,
+            r#"SELECT u&"set!005fconfig" UESCAPE '!' ('a.b', 'c', false)"#,
             "SELECT query_to_xml('select set_' || 'config(1)', true, true, '')",
             "SELECT 1; SET a.b = 1",
         ] {
@@ -328,5 +355,13 @@ mod tests {
             assert!(Traits::of(sql).copy, "{sql}");
         }
         assert!(!Traits::of("SELECT 'copy'").copy && !Traits::of("").copy);
+        assert!(Traits::of("COPY t (a, b) FROM STDIN (FORMAT csv)").copy_in);
+        assert!(Traits::of("COPY (SELECT 'from stdin' FROM t) TO stdout").copy_out);
+        for sql in
+            ["COPY t FROM '/tmp/x'", "COPY t FROM PROGRAM 'x'", "COPY (SELECT 1 FROM stdin) TO '/tmp/x'"]
+        {
+            let traits = Traits::of(sql);
+            assert!(traits.copy && !traits.copy_in && !traits.copy_out, "{sql}");
+        }
     }
 }

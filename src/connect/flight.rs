@@ -99,6 +99,8 @@ pub(crate) enum Kind {
     Statement,
     /// A simple query that begins with steps of ours, which are in its text.
     Text,
+    /// A simple query. The steps go ahead of it, under a Sync of their own.
+    AheadOfText,
     /// COPY into the server, for which the driver sends data.
     CopyIn,
     /// COPY out of the server.

@@ -325,13 +325,25 @@ impl Ledger {
         if self.writing != Writing::Request || self.group.is_some() || !wire.has_next() {
             return Ok(());
         }
-        let text = wire.waits_for_text();
+        let kind = wire.next_kind();
+        let text = matches!(kind, Kind::Text | Kind::AheadOfText);
         if text && tag != b'Q' {
             // A statement must never run without what was meant to go ahead of it.
             return Err(io::Error::other("a request of another kind came where a flight was waiting"));
         }
         if !text && tag == b'Q' {
             // A fence, or what else we send to bring a connection to rest: it is not for those.
+            return Ok(());
+        }
+        if kind == Kind::AheadOfText {
+            let exchange = wire.take_next(|next| {
+                next.write_lead(out)?;
+                Ok::<_, io::Error>(Exchange { requests: 0, ..Exchange::new(next) })
+            })?;
+            out.put_slice(SYNC);
+            self.special.push_back(Special { at: self.asked, kind: Answering::Flight(exchange) });
+            self.asked += 1;
+            self.look_ahead();
             return Ok(());
         }
         let (group, exchange) = wire.take_next(|next| {
@@ -599,6 +611,9 @@ impl Ledger {
         if matches!(tag, b'N' | b'A' | b'S') {
             return true; // these come when they like
         }
+        if matches!(self.front(), Some(Answering::Flight(exchange)) if exchange.requests == 0) {
+            return false; // none of the driver's is in it
+        }
         if tag == b'Z' {
             let stray = self.came >= self.asked;
             return !stray
@@ -767,7 +782,9 @@ impl Ledger {
             for _ in 1..exchange.requests as usize + exchange.closes.len() {
                 self.ready.put_slice(READY);
             }
-            wire.on_answered(exchange.requests.into());
+            if exchange.requests > 0 {
+                wire.on_answered(exchange.requests.into());
+            }
         }
     }
 }

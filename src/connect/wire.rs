@@ -257,14 +257,10 @@ impl Wire {
         self.has(COMMIT_REFUSED)
     }
 
-    /// Waits until the request with this number is answered, or nothing is owed, or the connection is over. The driver
-    /// hands out an error before it has read the ReadyForQuery behind it, which says how the session stands.
+    /// Waits until the request with this number is answered, or the connection is over. The driver hands out an error
+    /// before it has read the ReadyForQuery behind it, which says how the session stands.
     pub(crate) async fn until_answered(&self, request: u64) {
-        self.until(|| {
-            let answered = self.answered();
-            answered >= request || answered >= self.sent() || self.is_over()
-        })
-        .await;
+        self.until(|| self.answered() >= request || self.is_over()).await;
     }
 
     /// Waits for the answer to the BEGIN that travels with the request of this number; whether it was confirmed.
@@ -274,7 +270,12 @@ impl Wire {
         self.begin() == Begin::Confirmed
     }
 
-    /// Waits for `done`, which becomes true by an answer.
+    /// Waits until the request with this number was handed to the socket.
+    pub(crate) async fn until_sent(&self, request: u64) {
+        self.until(|| self.sent() >= request || self.is_over()).await;
+    }
+
+    /// Waits for `done`, which becomes true by what is sent or answered.
     async fn until(&self, done: impl Fn() -> bool) {
         if done() {
             return;
@@ -388,16 +389,33 @@ impl Wire {
         self.has_next.load(SeqCst)
     }
 
-    /// The next request is a simple query: what waits is the beginning of its text.
+    /// The next request is a simple query: a BEGIN that waits is the beginning of its text, with all that goes with it.
+    ///
+    /// Savepoints are not: should the text not even parse, nothing of it is run, and nobody would know that they were not.
+    /// They go ahead of it, in the same flight; if they fail, so does what follows, since that aborts the transaction.
     pub(crate) fn lead_in_text(&self) -> String {
         let mut sql = String::new();
         if self.has_next() {
             self.add(|next| {
-                next.kind = Kind::Text;
-                sql = flight::text(&next.lead);
+                let begins = next.lead.iter().any(|step| matches!(step, Step::Begin(_)));
+                next.kind = if begins { Kind::Text } else { Kind::AheadOfText };
+                if begins {
+                    sql = flight::text(&next.lead);
+                }
             });
         }
         sql
+    }
+
+    /// The next request was not made: what is to travel waits for another.
+    pub(crate) fn expect_nothing(&self) {
+        if self.has_next() {
+            self.add(|next| {
+                next.kind = Kind::Statement;
+                next.rows.clear();
+                (next.row_count, next.requests, next.commit) = (0, 0, false);
+            });
+        }
     }
 
     /// The next request is a simple query that ends the transaction: what waits goes into its text.
@@ -437,8 +455,8 @@ impl Wire {
         self.add(|next| next.kind = kind);
     }
 
-    pub(super) fn waits_for_text(&self) -> bool {
-        lock(&self.next).kind == Kind::Text
+    pub(super) fn next_kind(&self) -> Kind {
+        lock(&self.next).kind
     }
 
     /// Hands over what waits.
@@ -466,6 +484,12 @@ impl Wire {
     pub(crate) fn stop_recording(&self) {
         self.undo(TRANSACTION);
         // What is on record is cleared when the next is begun.
+    }
+
+    /// Whether a transaction of ours is under way.
+    #[inline]
+    pub(crate) fn is_recording(&self) -> bool {
+        self.has(RECORDING)
     }
 
     /// Puts a fault of our own on record: the transaction must not be committed.
@@ -568,6 +592,9 @@ impl Wire {
     #[inline]
     pub(super) fn on_sent(&self, requests: u64) {
         self.sent.store(self.sent.load(Relaxed) + requests, SeqCst);
+        if self.watched.load(SeqCst) > 0 {
+            self.progress.notify_waiters();
+        }
     }
 
     #[inline]

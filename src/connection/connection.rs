@@ -79,6 +79,11 @@ impl Connection {
         self.shell.statements().len()
     }
 
+    /// Whether no transaction of ours is open. One that SQL began may have been ended by the very statement that was lost.
+    pub(super) fn is_outside(&self) -> bool {
+        self.shell.core().block() == Block::None
+    }
+
     /// Whether no transaction is open, neither one of ours nor one that SQL began.
     pub(super) fn is_outside_of_block(&self) -> bool {
         self.shell.core().block() == Block::None && self.wire().status() == TransactionStatus::Idle
@@ -105,8 +110,7 @@ impl Connection {
     }
 
     pub(super) fn explain(&self, error: tokio_postgres::Error) -> Error {
-        let outside = self.is_outside_of_block();
-        self.shell.explain(error, outside)
+        self.shell.explain(error, self.is_outside())
     }
 
     /// One round trip, which does nothing.
@@ -308,10 +312,16 @@ impl Drop for Preparing {
 impl Connection {
     /// Whoever calls has the connection for itself: nobody can be waiting for what is under way.
     pub(crate) async fn claim(&self) -> Result<(), Error> {
+        self.claim_now();
+        self.shell.settled().await
+    }
+
+    /// As [`claim`](Self::claim), and does not wait for what is drained.
+    pub(crate) fn claim_now(&self) {
         let start = {
             let mut core = self.shell.core();
             if !matches!(core.block(), Block::None | Block::Ending) {
-                self.shell.take_back(&core);
+                self.shell.take_back(&mut core);
                 self.wire().stop_recording();
             }
             core.claim()
@@ -319,7 +329,6 @@ impl Connection {
         if start {
             drain::start(&self.shell, &self.client);
         }
-        self.shell.settled().await
     }
 
     /// Nobody can be waiting for what is still under way: its futures were leaked, and with them what they did.
@@ -356,14 +365,21 @@ impl Connection {
 
     /// Whether anything of the transaction may have reached the server.
     pub(crate) fn has_begun(&self) -> bool {
-        !matches!(self.shell.core().block(), Block::None | Block::Planned) && !self.wire().holds_begin()
+        let core = self.shell.core();
+        // What waits is that of a request which the driver has not sent yet, if there is one.
+        let sent = !self.wire().holds_begin() || core.has_unsent(self.wire().sent());
+        sent && !matches!(core.block(), Block::None | Block::Planned)
     }
 
     /// Sends COMMIT or ROLLBACK, with what is still to go ahead of it, as one simple query, and waits for the answer. What
     /// became of it is on record; the driver's error too is returned, if it came to that.
     pub(crate) async fn end_block(&self, end: Step) -> Option<tokio_postgres::Error> {
         let mut request = self.request_now(Use::Group).ok()??;
-        self.shell.core().ending();
+        {
+            let mut core = self.shell.core();
+            core.ending();
+            self.shell.lead_now(&mut core);
+        }
         // Nobody has a request but this one.
         let sql = self.wire().end_in_text(end);
         let call = std::pin::pin!(self.client.batch_execute(&sql));
@@ -378,11 +394,17 @@ impl Connection {
         }
     }
 
+    /// What is still to travel with the next statement is not needed for what ends the transaction.
+    pub(crate) fn drop_steps(&self) {
+        self.shell.take_back(&mut self.shell.core());
+    }
+
     /// The transaction has come to its end, whichever.
     pub(crate) fn end_transaction(&self) {
-        self.wire().take_back();
+        let mut core = self.shell.core();
+        self.shell.take_back(&mut core);
         self.wire().stop_recording();
-        self.shell.core().end();
+        core.end();
     }
 
     /// The transaction was dropped in the middle: roll it back in the background. If its COMMIT is under way, that is seen
@@ -397,7 +419,7 @@ impl Connection {
         }
         let start = {
             let mut core = self.shell.core();
-            let nothing_sent = self.shell.take_back(&core);
+            let nothing_sent = self.shell.take_back(&mut core);
             let start = core.give_up(nothing_sent);
             if core.is_ending() && !core.is_settled() {
                 self.shell.set_aftermath(Box::new(aftermath));
@@ -458,7 +480,7 @@ impl Connection {
         let shell = &self.shell;
         let start = {
             let mut core = shell.core();
-            shell.take_back(&core);
+            shell.take_back(&mut core);
             if !core.is_ending() {
                 shell.wire.stop_recording();
             }

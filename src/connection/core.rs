@@ -83,6 +83,10 @@ pub(super) enum Enqueued {
     Later,
     /// When the request with this number is answered, with which BEGIN travels.
     AfterBegin(u64),
+    /// When the request with this number is sent: a step belongs between the two.
+    AfterSent(u64),
+    /// When the steps that wait have been put before it.
+    WithSteps,
     /// Its transaction is none.
     Never,
 }
@@ -130,6 +134,8 @@ pub(super) struct Core {
     forgive: Option<usize>,
     /// The raw client was handed out: what it has under way is unknown.
     raw: bool,
+    /// Steps wait that belong behind requests which the driver has not sent yet.
+    later: bool,
 }
 
 impl Core {
@@ -143,6 +149,7 @@ impl Core {
             roll_back: false,
             forgive: None,
             raw: false,
+            later: false,
         }
     }
 
@@ -224,6 +231,13 @@ impl Core {
         if !self.may_enqueue() {
             return Enqueued::Later;
         }
+        if self.later {
+            return if self.has_unsent(sent) {
+                Enqueued::AfterSent(self.enqueued)
+            } else {
+                Enqueued::WithSteps
+            };
+        }
         if self.block == Block::Open {
             match begin() {
                 Begin::Confirmed => {}
@@ -247,6 +261,22 @@ impl Core {
         self.enqueued += 1;
     }
 
+    /// A step is to travel with the next request. Whether it must wait: it must not go with a request that was given to the
+    /// driver before, and is not sent.
+    pub(super) fn lead_later(&mut self, sent: u64) -> bool {
+        self.later |= self.has_unsent(sent);
+        self.later
+    }
+
+    pub(super) fn has_later(&self) -> bool {
+        self.later
+    }
+
+    /// The steps that waited were put before the next request, or are nobody's any more.
+    pub(super) fn no_later(&mut self) {
+        self.later = false;
+    }
+
     /// Whether the driver may have a request that it has not sent yet: what is to travel with the next one is that one's.
     pub(super) fn has_unsent(&self, sent: u64) -> bool {
         self.preparing > 0 || self.enqueued > sent
@@ -259,6 +289,11 @@ impl Core {
         self.enqueued
     }
 
+    /// The number of the request that was given to the driver last.
+    pub(super) fn last(&self) -> u64 {
+        self.enqueued
+    }
+
     /// The driver did not take the request after all.
     pub(super) fn not_enqueued(&mut self) {
         self.enqueued -= 1;
@@ -266,7 +301,8 @@ impl Core {
 
     /// A request that was granted needs its statement prepared first. Whether that may begin now.
     pub(super) fn prepare(&mut self) -> bool {
-        let may = matches!(self.lane, Lane::Shared(_) | Lane::Exclusive(_));
+        // Steps that wait go with the first of what is sent for it.
+        let may = matches!(self.lane, Lane::Shared(_) | Lane::Exclusive(_)) && !self.later;
         self.preparing += u32::from(may);
         may
     }

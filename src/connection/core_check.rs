@@ -305,7 +305,7 @@ impl Model {
             Enqueued::AfterBegin(number) if self.answered >= number && self.core.lost().is_none() => {
                 steps.push(Err("a request waits for a BEGIN that was answered".to_owned()));
             }
-            Enqueued::AfterBegin(_) | Enqueued::Later => {}
+            Enqueued::AfterBegin(_) | Enqueued::AfterSent(_) | Enqueued::WithSteps | Enqueued::Later => {}
         }
     }
 

@@ -60,10 +60,12 @@ async fn drain(mut draining: Draining, client: Arc<ClientWrapper>) {
         match next {
             Drained::Done(forgive) => {
                 shell.wire.set_raw(false);
-                if shell.core().block() == Block::None {
+                let mut core = shell.core();
+                if core.block() == Block::None {
                     // Nobody's: what it was meant for is gone.
-                    shell.wire.take_back();
+                    shell.take_back(&mut core);
                 }
+                drop(core);
                 if let Some(mark) = forgive {
                     shell.wire.forgive(mark);
                 }

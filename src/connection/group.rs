@@ -1,5 +1,6 @@
 //! Several statements in one flight, under one Sync: the server reads over the rest when one fails.
 
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -163,19 +164,17 @@ impl Connection {
     ) -> Result<(Vec<Bound>, Traits), Error> {
         let mut all = Vec::with_capacity(statements.size_hint().0);
         let mut common = Traits::default();
-        let mut prepared = false;
+        // Kept here: the cache may be smaller than the batch.
+        let mut prepared: Option<HashMap<&str, Statement>> = None;
         for (index, (sql, record)) in statements.clone().enumerate() {
-            let mut statement = self.at_hand(sql)?;
-            if statement.is_none() && !std::mem::replace(&mut prepared, true) {
-                Box::pin(self.prepare_missing(statements.clone())).await?;
-                statement = self.at_hand(sql)?;
-            }
-            let statement = match statement {
-                Some(statement) => statement,
-                // The cache is smaller than the batch.
-                None => {
-                    Box::pin(self.prepare(sql)).await.map_err(|e| e.in_batch(BatchPart::statement(index)))?
+            let statement = match (&prepared, self.at_hand(sql)?) {
+                (_, Some(statement)) => statement,
+                (None, None) => {
+                    let missing = Box::pin(self.prepare_missing(statements.clone())).await?;
+                    let missing = prepared.insert(missing);
+                    self.one_of(missing, sql, index).await?
                 }
+                (Some(missing), None) => self.one_of(missing, sql, index).await?,
             };
             if statement.traits().copy {
                 return Err(Error::config("a batch cannot run COPY: see copy_rows_in and copy_rows_out"));
@@ -189,13 +188,27 @@ impl Connection {
         Ok((all, common))
     }
 
+    /// A statement that was prepared with others; or else now, since it was forgotten meanwhile.
+    async fn one_of(
+        &self,
+        prepared: &HashMap<&str, Statement>,
+        sql: &str,
+        index: usize,
+    ) -> Result<Statement, Error> {
+        match prepared.get(sql) {
+            Some(statement) => Ok(statement.clone()),
+            None => Box::pin(self.prepare(sql)).await.map_err(|e| e.in_batch(BatchPart::statement(index))),
+        }
+    }
+
     async fn prepare_missing<'s>(
         &self,
         statements: impl Iterator<Item = (&'s str, &'s (dyn Record + Send + Sync))>,
-    ) -> Result<(), Error> {
+    ) -> Result<HashMap<&'s str, Statement>, Error> {
         let mut missing: Vec<(usize, &str)> = Vec::new();
+        let mut seen = HashSet::new();
         for (index, (sql, _)) in statements.enumerate() {
-            if self.at_hand(sql)?.is_none() && missing.iter().all(|(_, text)| *text != sql) {
+            if self.at_hand(sql)?.is_none() && seen.insert(sql) {
                 missing.push((index, sql));
             }
         }
@@ -206,10 +219,14 @@ impl Connection {
             Err(failure) => return Err(request.failed(failure).await),
         };
         request.finish();
-        for ((index, _), result) in missing.into_iter().zip(prepared) {
-            result.map_err(|e| self.explain(e).in_batch(BatchPart::statement(index)))?;
+        let mut statements = HashMap::with_capacity(missing.len());
+        for ((index, sql), result) in missing.into_iter().zip(prepared) {
+            match result {
+                Ok(statement) => _ = statements.insert(sql, statement),
+                Err(e) => return Err(self.explain(e).in_batch(BatchPart::statement(index))),
+            }
         }
-        Ok(())
+        Ok(statements)
     }
 
     /// Sends all of them at its first poll, under one Sync, and COMMIT behind them if asked for. Inside a transaction only,

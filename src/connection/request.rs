@@ -177,8 +177,9 @@ impl<'a> Request<'a> {
         self.errors = wire.errors();
         let first = first(&mut core);
         if matches!(&first, Poll::Ready(Err(e)) if e.as_db_error().is_none()) {
-            // It could not be encoded, or the connection is closed: the driver has sent nothing.
+            // It could not be encoded, or the connection is closed: the driver has sent nothing. What waits is for another.
             core.not_enqueued();
+            wire.expect_nothing();
         } else {
             self.number = Some(number);
         }
@@ -188,11 +189,17 @@ impl<'a> Request<'a> {
     /// Statements are going to be prepared for it: waits until that may begin.
     pub(super) async fn begin_preparing(&self) -> Result<(), Failure> {
         loop {
-            if self.connection.shell.core().prepare() {
-                return Ok(());
-            }
             let shell = &self.connection.shell;
-            shell.until(|core| core.is_settled()).await;
+            let number = {
+                let mut core = shell.core();
+                shell.lead_now(&mut core);
+                if core.prepare() {
+                    return Ok(());
+                }
+                core.last()
+            };
+            shell.until(|core| core.lost().is_some() || core.is_settled() && !core.is_preparing()).await;
+            shell.wire.until_sent(number).await;
             if let Some(reason) = shell.core().lost() {
                 return Err(Failure::Lost(reason));
             }
@@ -208,6 +215,11 @@ impl<'a> Request<'a> {
                 if !shell.wire.until_begun(number).await {
                     return Err(Failure::NoTransaction);
                 }
+            }
+            Enqueued::AfterSent(number) => shell.wire.until_sent(number).await,
+            Enqueued::WithSteps => {
+                shell.lead_now(&mut shell.core());
+                return Ok(());
             }
             Enqueued::Now(_) | Enqueued::Later => {}
         }
@@ -255,7 +267,7 @@ impl<'a> Request<'a> {
 
     /// The driver has said that it failed, which it does before the answer is complete: waits for that.
     pub(super) async fn failed(mut self, failure: Failure) -> Error {
-        let outside = self.number.is_some() && self.connection.is_outside_of_block();
+        let outside = self.number.is_some() && self.connection.is_outside();
         self.answered().await;
         self.conclude();
         match failure {

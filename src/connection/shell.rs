@@ -14,7 +14,7 @@ use tokio_postgres::error::{Severity, SqlState};
 
 use super::core::Core;
 use crate::config::SessionConfig;
-use crate::connect::{BlockFacts, Fault, Route, Wire};
+use crate::connect::{BlockFacts, Fault, Route, Step, Wire};
 use crate::error::{DriverError, Error, ServerError};
 use crate::statements::Statements;
 
@@ -43,6 +43,8 @@ pub(crate) struct Shell {
     statements: Mutex<Statements>,
     /// Who wants to know what became of a COMMIT whose caller has left.
     aftermath: Mutex<Option<Aftermath>>,
+    /// Steps that belong behind requests which the driver has not sent yet.
+    later: Mutex<Vec<Step>>,
     changed: Notify,
 }
 
@@ -77,6 +79,7 @@ impl Shell {
             core: Mutex::new(Core::new()),
             statements,
             aftermath: Mutex::default(),
+            later: Mutex::default(),
             changed: Notify::new(),
         }
     }
@@ -137,8 +140,51 @@ impl Shell {
 
     /// Takes back what was to travel with the next request; whether BEGIN was among it. Not if the driver has a request that
     /// it has not sent yet: without its BEGIN that would run on its own.
-    pub(super) fn take_back(&self, core: &Core) -> bool {
+    pub(super) fn take_back(&self, core: &mut Core) -> bool {
+        self.later().clear();
+        core.no_later();
         !core.has_unsent(self.wire.sent()) && self.wire.take_back()
+    }
+
+    fn later(&self) -> MutexGuard<'_, Vec<Step>> {
+        self.later.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has a step travel with the next request that is made.
+    pub(crate) fn lead(&self, step: Step) {
+        let mut core = self.core();
+        if core.lead_later(self.wire.sent()) {
+            self.later().push(step);
+        } else {
+            self.wire.lead(step);
+        }
+    }
+
+    /// Takes back the step that was given last, if it is this one and no request can have taken it.
+    pub(crate) fn retract(&self, step: &Step) -> bool {
+        let mut core = self.core();
+        if core.has_later() {
+            let mut later = self.later();
+            let last = later.last() == Some(step);
+            if last {
+                later.pop();
+            }
+            if later.is_empty() {
+                core.no_later();
+            }
+            return last;
+        }
+        !core.has_unsent(self.wire.sent()) && self.wire.retract(step)
+    }
+
+    /// Puts the steps that waited before the next request, if everything else is sent.
+    pub(super) fn lead_now(&self, core: &mut Core) {
+        if core.has_later() && !core.has_unsent(self.wire.sent()) {
+            core.no_later();
+            for step in self.later().drain(..) {
+                self.wire.lead(step);
+            }
+        }
     }
 
     /// Never lend or use this connection again.

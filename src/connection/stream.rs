@@ -49,7 +49,7 @@ impl<'a> Piecewise<'a> {
             ready!(end.as_mut().poll(cx));
             self.end = None;
         }
-        let outside = self.connection.is_outside_of_block();
+        let outside = self.connection.is_outside();
         self.request.conclude();
         Poll::Ready(match self.failure.take() {
             Some(e) => Err(self.connection.shell.explain(e, outside)),
@@ -161,11 +161,13 @@ impl Stream for CopyOut<'_> {
 pub struct CopyIn<'a> {
     sink: Pin<Box<CopyInSink<Bytes>>>,
     work: Piecewise<'a>,
+    /// How many rows were stored, once it was closed.
+    rows: Option<u64>,
 }
 
 impl<'a> CopyIn<'a> {
     pub(super) fn new(connection: &'a Connection, sink: CopyInSink<Bytes>, request: Request<'a>) -> Self {
-        Self { sink: Box::pin(sink), work: Piecewise::new(connection, request) }
+        Self { sink: Box::pin(sink), work: Piecewise::new(connection, request), rows: None }
     }
 
     /// Sends a piece of data, waiting while the server cannot keep up.
@@ -198,13 +200,8 @@ impl<'a> CopyIn<'a> {
     ///
     /// Dropped, the COPY was carried out or not.
     pub async fn finish(mut self) -> Result<u64, Error> {
-        let result = poll_fn(|cx| self.sink.as_mut().poll_finish(cx)).await;
-        let (rows, failure) = match result {
-            Ok(rows) => (rows, None),
-            Err(e) => (0, Some(e)),
-        };
-        self.work.begin_end(failure);
-        poll_fn(|cx| self.work.poll_end(cx)).await.map(|()| rows)
+        poll_fn(|cx| Pin::new(&mut self).poll_close(cx)).await?;
+        self.rows.ok_or_else(|| Error::config("the COPY has failed; what was wrong was told before"))
     }
 }
 
@@ -232,10 +229,19 @@ impl Sink<Bytes> for CopyIn<'_> {
             return Poll::Ready(Ok(()));
         }
         if !this.work.is_ending() {
-            let result = ready!(this.sink.as_mut().poll_close(cx));
-            this.work.begin_end(result.err());
+            match ready!(this.sink.as_mut().poll_finish(cx)) {
+                Ok(rows) => {
+                    this.rows = Some(rows);
+                    this.work.begin_end(None);
+                }
+                Err(e) => this.work.begin_end(Some(e)),
+            }
         }
-        this.work.poll_end(cx)
+        let ended = ready!(this.work.poll_end(cx));
+        if ended.is_err() {
+            this.rows = None;
+        }
+        Poll::Ready(ended)
     }
 }
 

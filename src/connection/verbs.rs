@@ -254,15 +254,20 @@ impl Connection {
     }
 
     /// A request and the statement for a COPY.
-    async fn start_copy<S>(&self, sql: &S, wanted: &'static str) -> Result<(Statement, Request<'_>), Error>
+    async fn start_copy<S>(
+        &self,
+        sql: &S,
+        fits: impl FnOnce(Traits) -> bool,
+        wanted: &'static str,
+    ) -> Result<(Statement, Request<'_>), Error>
     where
         S: ToStatement + ?Sized,
     {
-        let copy = match sql.source() {
-            Source::Text(text) => Traits::of(text).copy,
-            Source::Prepared(statement) => statement.traits().copy,
+        let traits = match sql.source() {
+            Source::Text(text) => Traits::of(text),
+            Source::Prepared(statement) => statement.traits(),
         };
-        if !copy {
+        if !fits(traits) {
             return Err(Error::config(wanted));
         }
         let at_hand = self.at_hand(sql)?;
@@ -282,13 +287,14 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// As [`query_stream`](Self::query_stream), and [`Error::Config`] for text that is no COPY.
+    /// As [`query_stream`](Self::query_stream), and [`Error::Config`] for what is no such COPY.
     pub async fn copy_in<S>(&self, sql: &S) -> Result<CopyIn<'_>, Error>
     where
         S: ToStatement + ?Sized,
     {
-        let (statement, mut request) =
-            self.start_copy(sql, "copy_in needs a COPY … FROM STDIN statement").await?;
+        let (statement, mut request) = self
+            .start_copy(sql, |traits| traits.copy_in, "copy_in needs a COPY … FROM STDIN statement")
+            .await?;
         let call = pin!(self.client.copy_in::<_, Bytes>(statement.inner()));
         match request.send(call, |_| self.wire().expect(Kind::CopyIn)).await {
             Ok(sink) => Ok(CopyIn::new(self, sink, request)),
@@ -300,14 +306,15 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// As [`query_stream`](Self::query_stream), and [`Error::Config`] for text that is no COPY; an error in the middle
+    /// As [`query_stream`](Self::query_stream), and [`Error::Config`] for what is no such COPY; an error in the middle
     /// comes out of the stream.
     pub async fn copy_out<S>(&self, sql: &S) -> Result<CopyOut<'_>, Error>
     where
         S: ToStatement + ?Sized,
     {
-        let (statement, mut request) =
-            self.start_copy(sql, "copy_out needs a COPY … TO STDOUT statement").await?;
+        let (statement, mut request) = self
+            .start_copy(sql, |traits| traits.copy_out, "copy_out needs a COPY … TO STDOUT statement")
+            .await?;
         let call = pin!(self.client.copy_out(statement.inner()));
         match request.send(call, |_| self.wire().expect(Kind::CopyOut)).await {
             Ok(data) => Ok(CopyOut::new(self, data, request)),

@@ -148,8 +148,8 @@ impl Transaction<'_> {
         let shell = &connection.shell;
         if connection.wire().is_ended_by_sql() {
             connection.ended_by_sql();
-        } else if connection.has_begun() && connection.disown().await.is_ok() {
-            connection.wire().take_back();
+        } else if connection.disown().await.is_ok() && connection.has_begun() {
+            connection.drop_steps();
             // COMMIT may have ended it.
             if !is_closed(&connection.wire().facts()) {
                 let limit = shell.config().cleanup_timeout;

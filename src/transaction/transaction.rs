@@ -219,7 +219,7 @@ impl<'a> Transaction<'a> {
         };
         connection.shell.settled().await?;
         let mark = connection.wire().mark();
-        connection.wire().lead(Step::Savepoint(depth));
+        connection.shell.lead(Step::Savepoint(depth));
         let mut inner = Transaction {
             connection: Loan::Borrowed(connection),
             hooks: Mutex::default(),
@@ -258,8 +258,8 @@ impl<'a> Transaction<'a> {
     fn release(&mut self) {
         if let Role::Savepoint { depth, .. } = self.role {
             self.done = true;
-            if !self.connection.wire().retract(&Step::Savepoint(depth)) {
-                self.connection.wire().lead(Step::Release(depth));
+            if !self.connection.shell.retract(&Step::Savepoint(depth)) {
+                self.connection.shell.lead(Step::Release(depth));
             }
         }
     }
@@ -267,10 +267,10 @@ impl<'a> Transaction<'a> {
     fn undo(&mut self) {
         if let Role::Savepoint { depth, mark } = self.role {
             self.done = true;
-            let wire = self.connection.wire();
-            if !wire.retract(&Step::Savepoint(depth)) {
-                wire.lead(Step::RollBackTo(depth));
-                wire.lead(Step::Release(depth));
+            let shell = &self.connection.shell;
+            if !shell.retract(&Step::Savepoint(depth)) {
+                shell.lead(Step::RollBackTo(depth));
+                shell.lead(Step::Release(depth));
             }
             self.connection.forgive(mark);
         }
