@@ -58,7 +58,9 @@ pub enum Error {
 
     /// A statement inside the transaction was dropped before it was answered, so nobody knows what it did, and the
     /// transaction was rolled back. Inside a savepoint that holds until the savepoint is rolled back.
-    #[error("a statement of the transaction was dropped before it was answered; the transaction is rolled back")]
+    #[error(
+        "a statement of the transaction was dropped before it was answered; the transaction is rolled back"
+    )]
     StatementAbandoned,
 
     /// [`query_one`](crate::Connection::query_one) found no row.

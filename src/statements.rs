@@ -128,7 +128,11 @@ impl Statements {
     /// Keeps a statement; returns what it takes the place of, which is closed on the server when it is dropped.
     pub(crate) fn insert(&mut self, sql: &str, statement: Statement) -> Option<Statement> {
         let before = self.cache.put(sql.into(), statement);
-        if self.cache.len() > self.capacity { self.cache.pop_lru().map(|(_, evicted)| evicted) } else { before }
+        if self.cache.len() > self.capacity {
+            self.cache.pop_lru().map(|(_, evicted)| evicted)
+        } else {
+            before
+        }
     }
 
     pub(crate) fn remove(&mut self, sql: &str) {
@@ -137,7 +141,11 @@ impl Statements {
 
     /// Removes a statement, whatever its text.
     pub(crate) fn forget(&mut self, statement: &Statement) {
-        let text = self.cache.iter().find(|(_, other)| other.number == statement.number).map(|(text, _)| text.clone());
+        let text = self
+            .cache
+            .iter()
+            .find(|(_, other)| other.number == statement.number)
+            .map(|(text, _)| text.clone());
         if let Some(text) = text {
             self.cache.pop(&text);
         }
@@ -293,7 +301,14 @@ mod tests {
 
     #[test]
     fn what_begins_or_ends_transactions_is_seen() {
-        for sql in ["COMMIT", "/* a /* b */ */ end", "SELECT 1; rollback", "begin", "START TRANSACTION", "abort and chain"] {
+        for sql in [
+            "COMMIT",
+            "/* a /* b */ */ end",
+            "SELECT 1; rollback",
+            "begin",
+            "START TRANSACTION",
+            "abort and chain",
+        ] {
             assert!(Traits::of(sql).controls, "{sql}");
         }
         for sql in ["ROLLBACK TO a", "SAVEPOINT a", "RELEASE a", "SELECT 'commit'", "-- commit\nSELECT 1"] {
@@ -305,7 +320,11 @@ mod tests {
 
     #[test]
     fn copy_is_seen_behind_comments() {
-        for sql in ["copy t from stdin", " /* a /* nested */ comment */ COPY t TO STDOUT", "-- a\nCOPY (SELECT 1) TO STDOUT"] {
+        for sql in [
+            "copy t from stdin",
+            " /* a /* nested */ comment */ COPY t TO STDOUT",
+            "-- a\nCOPY (SELECT 1) TO STDOUT",
+        ] {
             assert!(Traits::of(sql).copy, "{sql}");
         }
         assert!(!Traits::of("SELECT 'copy'").copy && !Traits::of("").copy);

@@ -735,7 +735,12 @@ fn begun_by(tag: u8) -> Writing {
 fn is_command(body: &[u8]) -> bool {
     matches!(
         (body.len(), body.first()),
-        (6, Some(b'B')) | (7, Some(b'C')) | (9, Some(b'R')) | (12 | 15, Some(b'D')) | (18, Some(b'S')) | (20, Some(b'P'))
+        (6, Some(b'B'))
+            | (7, Some(b'C'))
+            | (9, Some(b'R'))
+            | (12 | 15, Some(b'D'))
+            | (18, Some(b'S'))
+            | (20, Some(b'P'))
     )
 }
 

@@ -286,7 +286,6 @@ impl Wire {
             self.progress.notify_waiters();
         }
     }
-
 }
 
 /// Somebody waits, until this is dropped.
@@ -731,7 +730,9 @@ mod tests {
         assert!(!wire.take_back());
         wire.lead(Step::Begin("BEGIN".into()));
         wire.lead(Step::Savepoint(1));
-        assert!(wire.holds_begin() && !wire.retract(&Step::Savepoint(2)) && wire.retract(&Step::Savepoint(1)));
+        assert!(
+            wire.holds_begin() && !wire.retract(&Step::Savepoint(2)) && wire.retract(&Step::Savepoint(1))
+        );
         assert_eq!(wire.lead_in_text(), "BEGIN;");
         assert!(wire.take_back() && !wire.holds_begin());
         wire.lead(Step::RollBackTo(3));

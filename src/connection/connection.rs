@@ -173,10 +173,15 @@ impl Connection {
 
     /// Prepares `sql` for a request. It is done on the connection's own runtime, and goes on if nobody waits: what was
     /// prepared in vain is in the cache for the next one.
-    pub(super) async fn prepare_for(&self, request: &mut Request<'_>, sql: &str) -> Result<Statement, Failure> {
-        self.prepare_all(request, &[sql], true).await?.pop().map_or(Err(Failure::Lost(STOPPED)), |statement| {
-            statement.map_err(Failure::Driver)
-        })
+    pub(super) async fn prepare_for(
+        &self,
+        request: &mut Request<'_>,
+        sql: &str,
+    ) -> Result<Statement, Failure> {
+        self.prepare_all(request, &[sql], true)
+            .await?
+            .pop()
+            .map_or(Err(Failure::Lost(STOPPED)), |statement| statement.map_err(Failure::Driver))
     }
 
     /// The same, for a statement that must not come from the cache the next time.
@@ -185,9 +190,10 @@ impl Connection {
         request: &mut Request<'_>,
         sql: &str,
     ) -> Result<Statement, Failure> {
-        self.prepare_all(request, &[sql], false).await?.pop().map_or(Err(Failure::Lost(STOPPED)), |statement| {
-            statement.map_err(Failure::Driver)
-        })
+        self.prepare_all(request, &[sql], false)
+            .await?
+            .pop()
+            .map_or(Err(Failure::Lost(STOPPED)), |statement| statement.map_err(Failure::Driver))
     }
 
     /// Prepares several texts in one flight, and keeps them in the cache if asked to.
@@ -451,7 +457,8 @@ impl Connection {
             return Err(reason);
         }
         if self.wants_reset() {
-            match timeout(shell.config.cleanup_timeout, reset::reset(&self.client, self.watches_client)).await {
+            match timeout(shell.config.cleanup_timeout, reset::reset(&self.client, self.watches_client)).await
+            {
                 Ok(done) => done.map_err(|_| "it could not be reset")?,
                 Err(_) => return Err(STALLED),
             }

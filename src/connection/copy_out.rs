@@ -10,8 +10,8 @@ use futures_core::Stream;
 use postgres_types::{FromSql, WrongType};
 use tokio_postgres::Column;
 
-use super::copy_in::TRAILER;
 use super::connection::Connection;
+use super::copy_in::TRAILER;
 use super::stream::CopyOut;
 use crate::error::{CopyCause, Error};
 use crate::statements::Statement;

@@ -216,7 +216,11 @@ impl Connection {
     /// which the first that fails aborts.
     ///
     /// Beside other statements of the transaction each has a Sync of its own; there is no COMMIT then.
-    pub(crate) async fn run_group(&self, statements: &[Bound], commit: bool) -> Result<Vec<BatchResult>, Error> {
+    pub(crate) async fn run_group(
+        &self,
+        statements: &[Bound],
+        commit: bool,
+    ) -> Result<Vec<BatchResult>, Error> {
         let (mut request, together) = match self.request(Use::Group).await {
             Ok(request) => (request, true),
             Err(Error::Busy) if !commit => (self.request(Use::Shared).await?, false),
@@ -245,7 +249,9 @@ impl Connection {
             match reply.failed {
                 // What ended the connection behind the answer to COMMIT changes nothing.
                 Some(_) if self.wire().is_committed() => results.push(reply.result),
-                Some(e) => return Err(self.group_failed(request, e, BatchPart::statement(index), statements).await),
+                Some(e) => {
+                    return Err(self.group_failed(request, e, BatchPart::statement(index), statements).await);
+                }
                 None => results.push(reply.result),
             }
         }

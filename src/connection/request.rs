@@ -59,11 +59,9 @@ impl Connection {
             Answer::Wait => Ok(None),
             Answer::Refused(Refusal::StreamOpen) => Err(Error::StreamOpen),
             Answer::Refused(Refusal::Busy) => Err(Error::Busy),
-            Answer::Refused(Refusal::Lost(reason)) => Err(if shell.wire.is_ended_by_sql() {
-                Error::TransactionEnded
-            } else {
-                shell.lost(reason)
-            }),
+            Answer::Refused(Refusal::Lost(reason)) => {
+                Err(if shell.wire.is_ended_by_sql() { Error::TransactionEnded } else { shell.lost(reason) })
+            }
         }
     }
 

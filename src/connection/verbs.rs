@@ -368,5 +368,4 @@ impl Connection {
     pub async fn copy_query_out(&self, query: &str) -> Result<CopyRowsOut<'_>, Error> {
         CopyRowsOut::start(self, query).await
     }
-
 }

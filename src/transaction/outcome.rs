@@ -199,7 +199,10 @@ mod tests {
                 let next = before_commit(&facts, begun);
                 let what = format!("{facts:?} {begun}: {next:?}");
                 if next == Next::Commit {
-                    assert!(facts.fault.is_none() && !facts.ended_by_sql && !facts.over && facts.begun, "{what}");
+                    assert!(
+                        facts.fault.is_none() && !facts.ended_by_sql && !facts.over && facts.begun,
+                        "{what}"
+                    );
                 }
                 if next == Next::Nothing {
                     assert!(!begun && facts.fault.is_none() && !facts.ended_by_sql, "{what}");
@@ -227,7 +230,9 @@ mod tests {
         };
         let fatal = Some(error(true));
         let rows: [(&str, BlockFacts, Answer, fn(&Outcome) -> bool); 8] = [
-            ("an answer", BlockFacts { committed: true, ..open.clone() }, Answer::Came, |o| *o == Outcome::Committed),
+            ("an answer", BlockFacts { committed: true, ..open.clone() }, Answer::Came, |o| {
+                *o == Outcome::Committed
+            }),
             (
                 "an answer, and a FATAL behind it",
                 BlockFacts { committed: true, over: true, fatal: fatal.clone(), ..open.clone() },
@@ -259,12 +264,9 @@ mod tests {
                 Answer::Came,
                 |o| *o == Outcome::RolledBack(Cause::Refused),
             ),
-            (
-                "an aborted block",
-                BlockFacts { commit_rolled_back: true, ..open },
-                Answer::Came,
-                |o| *o == Outcome::RolledBack(Cause::Fault),
-            ),
+            ("an aborted block", BlockFacts { commit_rolled_back: true, ..open }, Answer::Came, |o| {
+                *o == Outcome::RolledBack(Cause::Fault)
+            }),
         ];
         for (what, facts, answer, expected) in rows {
             let outcome = after_commit(&facts, answer);

@@ -49,7 +49,15 @@ pub(crate) enum Step<T, E> {
 impl<'o> Run<'o> {
     pub(crate) fn new(options: &'o TransactionOptions) -> Self {
         let span = observe::transaction(options.name.as_deref(), options.level());
-        Self { options, hooks: None, holding: (0, 0), started: Instant::now(), attempts: 0, unconnected: 0, span }
+        Self {
+            options,
+            hooks: None,
+            holding: (0, 0),
+            started: Instant::now(),
+            attempts: 0,
+            unconnected: 0,
+            span,
+        }
     }
 
     pub(crate) fn span(&self) -> tracing::Span {
@@ -231,7 +239,8 @@ async fn why(tx: &Transaction<'_>) -> (Option<RetryClass>, Option<Error>) {
     if let Some(fault) = facts.fault.or_else(|| wire.forgiven().map(Fault::Server)) {
         return (class_of_fault(&fault), Some(connection.shell.broken_by(&fault)));
     }
-    let lost = settled.err().or_else(|| facts.over.then(|| connection.shell.lost("the connection was closed")));
+    let lost =
+        settled.err().or_else(|| facts.over.then(|| connection.shell.lost("the connection was closed")));
     (lost.is_some().then_some(RetryClass::ConnectionLost), lost)
 }
 
