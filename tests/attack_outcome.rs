@@ -2,12 +2,11 @@
 mod common;
 
 use std::future::Future;
-use std::time::Duration;
 
 use bytes::Bytes;
 use common::proxy::{AtCommit, Proxy};
 use common::{Database, polls, within};
-use pg_session::{Error, SessionConfig, SessionManager, TransactionOptions};
+use pg_session::{Error, SessionConfig, SessionManager};
 
 async fn table() -> Database {
     let db = Database::new().await;

@@ -7,12 +7,12 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use common::sandbox::{code, count, database, insert, sandbox, simple, text};
+use common::sandbox::{code, count, database, insert, outside, sandbox, simple, text};
 use common::{Database, connect, polls, within};
 use futures_util::{SinkExt, StreamExt};
 use pg_session::testing::{Sandbox, SandboxError};
 use pg_session::tokio_postgres::{SimpleQueryMessage, error::SqlState};
-use pg_session::{Error, SessionManager};
+use pg_session::{Error, IsolationLevel, SessionManager};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 // ---- what is given up
@@ -361,7 +361,10 @@ struct Raw(tokio::net::TcpStream);
 
 impl Raw {
     async fn connect(sandbox: &Sandbox, database: &Database) -> Self {
-        let url = sandbox.url();
+        Self::connect_to(&sandbox.url(), database).await
+    }
+
+    async fn connect_to(url: &str, database: &Database) -> Self {
         let address = url.split(['@', '/']).nth(3).expect("an address");
         let mut stream = tokio::net::TcpStream::connect(address).await.expect("a socket");
         let parameters = format!("user\0postgres\0database\0{}\0\0", database.database.name());
@@ -430,13 +433,266 @@ async fn clients_may_choose_the_same_names() {
     }
     // An error skips what follows, up to Sync; and what is refused here does, too.
     let client = &mut clients[0];
-    for sql in [&b"\0nonsense\0\0\0"[..], b"\0COMMIT\0\0\0"] {
+    for sql in [&b"\0nonsense\0\0\0"[..], b"\0COMMIT AND CHAIN\0\0\0"] {
         let bind = &b"\0x\0\0\0\0\0\0\0"[..];
         client.send(&[(b'B', bind), (b'P', sql), (b'B', bind), (b'E', b"\0\0\0\0\0"), (b'S', b"")]).await;
         assert_eq!(tags(&client.until(b'Z').await), "2EZ");
     }
     client.send(&[(b'C', b"Sx\0"), (b'S', b"")]).await;
     assert_eq!(tags(&client.until(b'Z').await), "3Z");
+    within(sandbox.finish()).await.unwrap();
+}
+
+/// Parse, Bind and Execute of a statement without parameters, all unnamed.
+fn run(sql: &str) -> Vec<(u8, Vec<u8>)> {
+    vec![(b'P', format!("\0{sql}\0\0\0").into_bytes()), (b'B', vec![0; 8]), (b'E', vec![0; 5])]
+}
+
+/// The same, with a Describe as the driver sends it, and names of statement and portal.
+fn run_named(statement: &str, portal: &str) -> Vec<(u8, Vec<u8>)> {
+    vec![
+        (b'B', format!("{portal}\0{statement}\0\0\0\0\0\0\0").into_bytes()),
+        (b'D', format!("P{portal}\0").into_bytes()),
+        (b'E', format!("{portal}\0\0\0\0\0").into_bytes()),
+    ]
+}
+
+/// As pg-session sends a setting of a transaction.
+fn set_config(name: &str, value: &str) -> Vec<(u8, Vec<u8>)> {
+    let mut bind = b"\0\0\0\0\0\x02".to_vec();
+    for text in [name, value] {
+        bind.extend(i32::try_from(text.len()).expect("short").to_be_bytes());
+        bind.extend(text.as_bytes());
+    }
+    bind.extend(b"\0\0");
+    let parse = b"\0SELECT pg_catalog.set_config($1,$2,true)\0\0\x02\0\0\0\x19\0\0\0\x19".to_vec();
+    vec![(b'P', parse), (b'B', bind), (b'E', vec![0; 5])]
+}
+
+impl Raw {
+    /// The answer to a batch, which ends in one Sync: tags of frames, with those of commands, SQLSTATEs, and the status.
+    async fn batch(&mut self, parts: &[Vec<(u8, Vec<u8>)>]) -> String {
+        let messages: Vec<_> = parts.iter().flatten().map(|(tag, body)| (*tag, &body[..])).collect();
+        self.send(&messages).await;
+        self.send(&[(b'S', b"")]).await;
+        let words = self.until(b'Z').await.into_iter().map(|(tag, body)| match tag {
+            b'C' => format!("[{}]", String::from_utf8_lossy(&body[..body.len() - 1])),
+            b'E' | b'N' => {
+                let fields = body.split(|b| *b == 0);
+                let code = fields.filter_map(|field| field.strip_prefix(b"C")).next().expect("a SQLSTATE");
+                format!("<{}{}>", char::from(tag), String::from_utf8_lossy(code))
+            }
+            b'Z' => format!(" {}", char::from(body[0])),
+            tag => char::from(tag).to_string(),
+        });
+        words.collect()
+    }
+}
+
+#[tokio::test]
+async fn a_transaction_under_one_sync_is_committed_for_the_others_and_rolled_back_at_the_end() {
+    let database = database().await;
+    let sandbox = sandbox(&database).await;
+    let other = connect(&sandbox.url()).await;
+    let mut client = Raw::connect(&sandbox, &database).await;
+    let insert = run("INSERT INTO t (id) VALUES (1)");
+    let answer = client.batch(&[run("BEGIN ISOLATION LEVEL SERIALIZABLE"), insert, run("COMMIT")]).await;
+    assert_eq!(answer, "12[BEGIN]12[INSERT 0 1]12[COMMIT] I");
+    assert_eq!(within(simple(&other, "SELECT id FROM t")).await, ["1", "(1)"]);
+    // In two batches, and with statements that are not part of it before and behind.
+    let answer = client
+        .batch(&[
+            run("INSERT INTO t (id) VALUES (2)"),
+            run("COMMIT"),
+            run("START TRANSACTION READ WRITE"),
+            run("INSERT INTO t (id) VALUES (3)"),
+        ])
+        .await;
+    assert_eq!(answer, "12[INSERT 0 1]12[COMMIT]12[START TRANSACTION]12[INSERT 0 1] T");
+    let answer = client.batch(&[run("ABORT"), run("INSERT INTO t (id) VALUES (4)")]).await;
+    assert_eq!(answer, "12[ROLLBACK]12[INSERT 0 1] I");
+    assert_eq!(within(simple(&other, "SELECT id FROM t ORDER BY id")).await, ["1", "2", "4", "(3)"]);
+    // Outside of a transaction, and twice.
+    assert_eq!(client.batch(&[run("COMMIT")]).await, "12<N25P01>[COMMIT] I");
+    assert_eq!(client.batch(&[run("ROLLBACK")]).await, "12<N25P01>[ROLLBACK] I");
+    assert_eq!(client.batch(&[run("BEGIN"), run("BEGIN READ ONLY")]).await, "12[BEGIN]12<N25001>[BEGIN] T");
+    assert_eq!(client.batch(&[run("END")]).await, "12[COMMIT] I");
+    within(sandbox.finish()).await.unwrap();
+    assert_eq!(outside(&database).await, 0);
+}
+
+#[tokio::test]
+async fn the_answers_to_control_under_one_sync_are_those_of_a_server() {
+    let database = database().await;
+    let sandbox = sandbox(&database).await;
+    let own = self::database().await;
+    let mut clients =
+        [Raw::connect(&sandbox, &database).await, Raw::connect_to(own.database.url(), &own).await];
+    let insert = || run("INSERT INTO t (id) VALUES (1)");
+    let late = || run("INSERT INTO child (late) VALUES (9)");
+    let batches = [
+        vec![run("BEGIN"), run("SELECT 1/0"), run("COMMIT")],
+        vec![run("COMMIT"), run("SELECT 1")],
+        vec![run("BEGIN"), run("nonsense"), run("ROLLBACK")],
+        vec![run("BEGIN")],
+        vec![run("ROLLBACK"), run("BEGIN"), insert(), run("COMMIT"), run("nonsense")],
+        vec![run("BEGIN"), late(), run("COMMIT"), run("SELECT 1")],
+        vec![late(), run("SELECT 1")],
+        vec![run("BEGIN"), set_config("app.a", "b"), run("SAVEPOINT a"), run("SELECT 1/0")],
+        vec![run("ROLLBACK TO a"), run("RELEASE a"), run("SELECT current_setting('app.a')"), run("COMMIT")],
+        vec![run("BEGIN READ ONLY"), insert()],
+        vec![insert()],
+        vec![run("END"), run("DELETE FROM t")],
+    ];
+    for (i, batch) in batches.iter().enumerate() {
+        let [ours, theirs] = &mut clients;
+        assert_eq!(ours.batch(batch).await, theirs.batch(batch).await, "batch {i}");
+    }
+    within(sandbox.finish()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_begin_that_is_refused_takes_the_statement_behind_it_along() {
+    let database = database().await;
+    let sandbox = within(
+        Sandbox::builder(database.database.url()).isolation_level(IsolationLevel::ReadCommitted).start(),
+    )
+    .await
+    .unwrap();
+    let mut client = Raw::connect(&sandbox, &database).await;
+    let insert = || run("INSERT INTO t (id) VALUES (1)");
+    let begin = run("BEGIN ISOLATION LEVEL SERIALIZABLE");
+    assert_eq!(client.batch(&[begin.clone(), insert(), run("COMMIT")]).await, "12<E0A000> I");
+    assert_eq!(client.batch(&[insert(), begin, run("COMMIT")]).await, "12[INSERT 0 1]12<E0A000> I");
+    let other = connect(&sandbox.url()).await;
+    assert_eq!(within(simple(&other, "SELECT id FROM t")).await, ["(0)"]);
+    within(sandbox.finish()).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_error_under_the_same_sync_aborts_and_commit_is_skipped() {
+    let database = database().await;
+    let sandbox = sandbox(&database).await;
+    let mut client = Raw::connect(&sandbox, &database).await;
+    let insert = || run("INSERT INTO t (id) VALUES (1)");
+    let answer = client.batch(&[run("BEGIN"), insert(), insert(), run("COMMIT")]).await;
+    assert_eq!(answer, "12[BEGIN]12[INSERT 0 1]12<E23505> E");
+    assert_eq!(client.batch(&[run("BEGIN")]).await, "<E25P02> E");
+    assert_eq!(client.batch(&[insert()]).await, "<E25P02> E");
+    // A retry.
+    let answer = client.batch(&[run("ROLLBACK"), run("BEGIN"), insert(), run("COMMIT")]).await;
+    assert_eq!(answer, "12[ROLLBACK]12[BEGIN]12[INSERT 0 1]12[COMMIT] I");
+    let other = connect(&sandbox.url()).await;
+    assert_eq!(within(simple(&other, "SELECT id FROM t")).await, ["1", "(1)"]);
+    within(sandbox.finish()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_setting_given_by_parameters_ends_with_its_transaction() {
+    let database = database().await;
+    let sandbox = sandbox(&database).await;
+    let other = connect(&sandbox.url()).await;
+    let setting = "SELECT current_setting('app.tenant', true), current_setting('statement_timeout')";
+    let settings = async || {
+        let rows = within(other.simple_query(setting)).await.unwrap();
+        rows.into_iter()
+            .filter_map(|message| match message {
+                SimpleQueryMessage::Row(row) => Some([0, 1].map(|i| row.get(i).unwrap_or("").to_owned())),
+                _ => None,
+            })
+            .collect::<Vec<_>>()
+    };
+    let before = settings().await;
+    let mut client = Raw::connect(&sandbox, &database).await;
+    for end in ["COMMIT", "ROLLBACK"] {
+        let tenant = set_config("app.tenant", "x");
+        let parts = [run("BEGIN"), tenant, set_config("statement_timeout", "77s"), run(setting), run(end)];
+        let answer = client.batch(&parts).await;
+        let expected = format!("12[BEGIN]12D[SELECT 1]12D[SELECT 1]12D[SELECT 1]12[{end}] I");
+        assert_eq!(answer, expected);
+        assert_eq!(settings().await, before, "{end}");
+    }
+    // By a statement that is not named and was prepared before: it is there for as long as its session.
+    let [parse, bind, execute] = <[_; 3]>::try_from(set_config("app.tenant", "y")).unwrap();
+    assert_eq!(client.batch(&[run("BEGIN"), vec![parse]]).await, "12[BEGIN]1 T");
+    let rest = [vec![bind, execute], run("SHOW app.tenant")];
+    assert_eq!(client.batch(&rest).await, "2D[SELECT 1]12D[SHOW] T");
+    assert_eq!(client.batch(&[run("COMMIT")]).await, "12[COMMIT] I");
+    assert_eq!(settings().await, before);
+    within(sandbox.finish()).await.unwrap();
+}
+
+#[tokio::test]
+async fn control_that_was_prepared_is_used_again_in_later_batches() {
+    let database = database().await;
+    let sandbox = sandbox(&database).await;
+    let other = connect(&sandbox.url()).await;
+    let mut client = Raw::connect(&sandbox, &database).await;
+    let parse = |name: &str, sql: &str| (b'P', format!("{name}\0{sql}\0\0\0").into_bytes());
+    let describe = |name: &str| (b'D', format!("S{name}\0").into_bytes());
+    let close = |name: &str| (b'C', format!("{name}\0").into_bytes());
+    let prepare = vec![
+        parse("b", "BEGIN"),
+        describe("b"),
+        parse("c", "COMMIT"),
+        describe("c"),
+        parse("i", "INSERT INTO t (id) SELECT count(*) FROM t"),
+        describe("i"),
+    ];
+    assert_eq!(client.batch(&[prepare]).await, "1tn1tn1tn I");
+    let insert = || run_named("i", "");
+    let answer = client.batch(&[run_named("b", ""), insert(), run_named("c", "")]).await;
+    assert_eq!(answer, "2n[BEGIN]2n[INSERT 0 1]2n[COMMIT] I");
+    for (portal, expected) in [("", "2"), ("p", "3")] {
+        assert_eq!(client.batch(&[run_named("b", portal), insert()]).await, "2n[BEGIN]2n[INSERT 0 1] T");
+        // A portal is there for as long as its transaction.
+        let [bind, describe, execute] = <[_; 3]>::try_from(run_named("c", portal)).unwrap();
+        assert_eq!(client.batch(&[vec![bind, describe]]).await, "2n T");
+        assert_eq!(client.batch(&[vec![execute.clone()]]).await, "[COMMIT] I");
+        assert_eq!(client.batch(&[vec![execute]]).await, "<E34000> I");
+        assert_eq!(within(simple(&other, "SELECT count(*) FROM t")).await[0], expected);
+    }
+    // No two of one name, of whichever kind; and after Close, there is none.
+    for (name, sql) in [("c", "SELECT 1"), ("i", "COMMIT"), ("c", "COMMIT")] {
+        assert_eq!(client.batch(&[vec![parse(name, sql)]]).await, "<E42P05> I", "{name} {sql}");
+    }
+    let answer = client.batch(&[vec![close("Sc"), parse("c", "SELECT 1")], run_named("c", "")]).await;
+    assert_eq!(answer, "312TD[SELECT 1] I");
+    within(sandbox.finish()).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_drivers_own_prepared_control_does_its_work() {
+    let database = database().await;
+    let sandbox = sandbox(&database).await;
+    let (client, other) = (connect(&sandbox.url()).await, connect(&sandbox.url()).await);
+    let [begin, commit, rollback] =
+        futures_util::future::try_join_all(["BEGIN", "COMMIT", "ROLLBACK"].map(|sql| client.prepare(sql)))
+            .await
+            .unwrap()
+            .try_into()
+            .unwrap_or_else(|_| unreachable!());
+    for (end, expected) in [(&rollback, "0"), (&commit, "1")] {
+        within(client.execute(&begin, &[])).await.unwrap();
+        within(client.execute("INSERT INTO t (id) VALUES (1)", &[])).await.unwrap();
+        within(client.execute(end, &[])).await.unwrap();
+        assert_eq!(within(simple(&other, "SELECT count(*) FROM t")).await[0], expected);
+    }
+    within(sandbox.finish()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_flush_gets_the_answers_to_control_before_the_sync() {
+    let database = database().await;
+    let sandbox = sandbox(&database).await;
+    let mut client = Raw::connect(&sandbox, &database).await;
+    for sql in ["BEGIN", "INSERT INTO t (id) VALUES (1)", "COMMIT"] {
+        let messages = run(sql);
+        client.send(&messages.iter().map(|(tag, body)| (*tag, &body[..])).collect::<Vec<_>>()).await;
+        client.send(&[(b'H', b"")]).await;
+        assert_eq!(tags(&client.until(b'C').await), "12C", "{sql}");
+    }
+    assert_eq!(client.batch(&[]).await, " I");
     within(sandbox.finish()).await.unwrap();
 }
 
@@ -474,9 +730,13 @@ async fn what_would_reach_the_outer_transaction_is_refused() {
     let sandbox = sandbox(&database).await;
     let client = connect(&sandbox.url()).await;
     client.batch_execute("INSERT INTO t (id) VALUES (1)").await.unwrap();
-    for sql in
-        ["BEGIN", "COMMIT", "/**/ ROLLBACK", "START TRANSACTION", "END", "PREPARE TRANSACTION 'x'", "ABORT"]
-    {
+    for sql in [
+        "COMMIT AND CHAIN",
+        "PREPARE TRANSACTION 'x'",
+        "/**/ ROLLBACK PREPARED 'x'",
+        "SELECT 1; COMMIT",
+        "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE",
+    ] {
         let error = client.prepare(sql).await.unwrap_err();
         assert_eq!(code(&error), "0A000", "{sql}");
     }

@@ -138,12 +138,13 @@ impl Conversation {
     }
 
     pub(super) async fn raise(&mut self, report: &Report) -> Result<(), End> {
+        self.unnamed_gone = true;
         self.backend()?.send_query(raise_sql(report).as_bytes());
         self.exchange(false).await.map(drop)
     }
 
     /// Whether the server refuses everything but the end of the transaction, or of the batch.
-    fn has_failed(&self) -> bool {
+    pub(super) fn has_failed(&self) -> bool {
         self.lease.as_ref().is_some_and(|backend| backend.status == b'E')
     }
 
@@ -307,7 +308,7 @@ pub(super) fn raise_sql(report: &Report) -> String {
     format!("DO {}", escape_literal(&body))
 }
 
-fn aborted() -> Report {
+pub(super) fn aborted() -> Report {
     let message = "current transaction is aborted, commands ignored until end of transaction block";
     Report::new("25P02", message, "")
 }

@@ -16,6 +16,7 @@ use super::{
     backend::{Address, Backend, Outcome, lock},
     block::Block,
     frames::{Frame, Peer, Report, put, split_zero},
+    prepared::{Portal, Prepared},
     relay::{Entry, Shared},
 };
 
@@ -104,6 +105,8 @@ async fn converse(client: Peer, message: &[u8], shared: Arc<Shared>) {
         cancels,
         block: Block::Idle,
         statements: HashMap::new(),
+        portals: HashMap::new(),
+        unnamed_gone: false,
         locals: Vec::new(),
         held: None,
         muted: false,
@@ -127,7 +130,11 @@ pub(super) struct Conversation {
     pub(super) block: Block,
     /// Before the names of statements and portals, which clients of a sandbox choose without knowing of each other.
     pub(super) prefix: String,
-    pub(super) statements: HashMap<Vec<u8>, Prepared>,
+    pub(super) statements: HashMap<Vec<u8>, Arc<Prepared>>,
+    /// Those of the transaction under way, or of the batch.
+    pub(super) portals: HashMap<Vec<u8>, Portal>,
+    /// The unnamed statement was lost to something that the relay asked of the server.
+    pub(super) unnamed_gone: bool,
     /// The settings that the transaction under way has set for itself, and what they were before.
     pub(super) locals: Vec<(String, String)>,
     /// The last statement's CommandComplete, which is not told before it is certain.
@@ -155,14 +162,6 @@ impl Drop for Conversation {
 
 pub(super) fn prefixed(prefix: &str, name: &[u8]) -> Vec<u8> {
     if name.is_empty() { Vec::new() } else { [prefix.as_bytes(), name].concat() }
-}
-
-/// What is known of a prepared statement.
-#[derive(Debug, Default)]
-pub(super) struct Prepared {
-    pub(super) local_settings: Vec<String>,
-    /// The driver's own, for looking up types.
-    pub(super) own: bool,
 }
 
 impl Conversation {
@@ -404,6 +403,7 @@ impl Conversation {
 
     /// Has the server do something of the relay's own.
     pub(super) async fn run(&mut self, sql: &str) -> Result<Outcome, End> {
+        self.unnamed_gone = true;
         let backend = self.backend()?;
         let outcome = backend.run(sql).await.map_err(|error| End::Backend(backend.why_gone(&error)))?;
         self.check_status()?;
@@ -415,6 +415,8 @@ impl Conversation {
     pub(super) async fn at_rest(&mut self) -> Result<(), End> {
         let backend = self.backend()?;
         if backend.cancelled {
+            self.unnamed_gone = true;
+            let backend = self.backend()?;
             backend.fence().await.map_err(|error| End::Backend(backend.why_gone(&error)))?;
         }
         self.check_status()
@@ -464,6 +466,9 @@ impl Conversation {
             Block::Explicit => self.backend()?.status,
         };
         let status = if self.key.is_some() { status } else { self.backend()?.status };
+        if status == b'I' {
+            self.portals.clear();
+        }
         if !self.muted {
             put(self.client.outbox(), b'Z', &[&[status]]);
         }

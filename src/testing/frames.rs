@@ -20,8 +20,8 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
 pub(super) type Stream = Box<dyn Io>;
 
-/// A frame: a tag, a length, and a body.
-#[derive(Debug)]
+/// A frame: a tag, a length, and a body. Cheap to clone.
+#[derive(Clone, Debug)]
 pub(super) struct Frame(Bytes);
 
 impl Frame {

@@ -50,15 +50,18 @@ mod binaries;
 mod block;
 mod client;
 mod cluster;
+mod control;
 mod database;
 mod error;
 mod faults;
 mod frames;
+mod prepared;
 mod process;
 mod relay;
 mod run;
 mod sandbox;
 mod server;
+mod simple;
 mod sql;
 
 pub use database::{Template, TestDatabase};

@@ -34,7 +34,7 @@ impl From<IsolationLevel> for Level {
 }
 
 /// What a statement is to the relay.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Kind {
     /// BEGIN, or START TRANSACTION, which has a tag of its own.
     Begin {
@@ -157,11 +157,28 @@ impl SqlStatement<'_> {
         if self.word(0, "set") && self.word(1, "local") {
             names.extend(self.set_local_name());
         }
-        for (i, token) in self.tokens.iter().enumerate() {
+        names.extend(self.local_set_configs().filter_map(|arguments| match arguments {
+            [Token::Text(name), ..] => Some((*name).to_owned()),
+            _ => None,
+        }));
+        names
+    }
+
+    /// Which of its parameters, counted from 0, name such settings: by `set_config($1, …, true)`.
+    pub(super) fn local_setting_parameters(&self) -> Vec<usize> {
+        let number = |arguments: &[Token<'_>]| match arguments {
+            [Token::Symbol(b'$'), Token::Word(number), ..] => number.parse::<usize>().ok()?.checked_sub(1),
+            _ => None,
+        };
+        self.local_set_configs().filter_map(number).collect()
+    }
+
+    /// The arguments of each `set_config(…, true)`.
+    fn local_set_configs(&self) -> impl Iterator<Item = &[Token<'_>]> {
+        self.tokens.iter().enumerate().filter_map(|(i, token)| {
             if !token.is("set_config") || self.tokens.get(i + 1) != Some(&Token::Symbol(b'(')) {
-                continue;
+                return None;
             }
-            let Some(Token::Text(name)) = self.tokens.get(i + 2) else { continue };
             let mut depth = 0u32;
             let end = self.tokens[i + 1..].iter().position(|token| {
                 match token {
@@ -171,12 +188,11 @@ impl SqlStatement<'_> {
                 }
                 depth == 0
             });
-            let Some(end) = end.map(|end| i + 1 + end) else { continue };
-            if self.tokens[end - 1].is("true") && self.tokens[end - 2] == Token::Symbol(b',') {
-                names.push((*name).to_owned());
+            match self.tokens.get(i + 2..i + 1 + end?)? {
+                arguments @ [.., Token::Symbol(b','), last] if last.is("true") => Some(arguments),
+                _ => None,
             }
-        }
-        names
+        })
     }
 
     fn set_local_name(&self) -> Option<String> {
@@ -207,28 +223,28 @@ impl SqlStatement<'_> {
     }
 
     /// Whether it is `SELECT pg_catalog.set_config('name','value',true)` and nothing more, as pg-session sends it along
-    /// with BEGIN.
+    /// with BEGIN: with both values in its text, or as parameters.
     pub(super) fn is_local_setting(&self) -> bool {
         use Token::{Symbol, Text, Word};
-        let escaped = |tokens: &[Token<'_>]| {
-            matches!(
-                tokens,
-                [
-                    Word("SELECT"),
-                    Word("pg_catalog"),
-                    Symbol(b'.'),
-                    Word("set_config"),
-                    Symbol(b'('),
-                    Text(_),
-                    Symbol(b','),
-                    Text(_),
-                    Symbol(b','),
-                    Word("true"),
-                    Symbol(b')'),
-                ]
-            )
+        let values = match &self.tokens[..] {
+            [
+                Word("SELECT"),
+                Word("pg_catalog"),
+                Symbol(b'.'),
+                Word("set_config"),
+                Symbol(b'('),
+                values @ ..,
+                Symbol(b','),
+                Word("true"),
+                Symbol(b')'),
+            ] => values,
+            _ => return false,
         };
-        escaped(&self.tokens)
+        matches!(
+            values,
+            [Text(_), Symbol(b','), Text(_)]
+                | [Symbol(b'$'), Word("1"), Symbol(b','), Symbol(b'$'), Word("2")]
+        )
     }
 }
 
@@ -352,6 +368,15 @@ mod tests {
             assert_eq!(locals(sql), expected, "{sql}");
         }
         assert!(split(r"SELECT pg_catalog.set_config('a',E'\\',true);")[0].is_local_setting());
+        assert!(split("SELECT pg_catalog.set_config($1,$2,true)")[0].is_local_setting());
         assert!(!split("SELECT pg_catalog.set_config('a','b',true), 1")[0].is_local_setting());
+        assert!(!split("SELECT pg_catalog.set_config($1,$2,false)")[0].is_local_setting());
+        for (sql, expected) in [
+            ("SELECT pg_catalog.set_config($1,$2,true)", &[0][..]),
+            ("SELECT set_config($2, lower($1), true), set_config($3, $1, true)", &[1, 2]),
+            ("SELECT set_config('a.b', $1, true), set_config($1, $2, false), set_config($0, '', true)", &[]),
+        ] {
+            assert_eq!(split(sql)[0].local_setting_parameters(), expected, "{sql}");
+        }
     }
 }

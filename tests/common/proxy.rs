@@ -121,7 +121,12 @@ async fn serve(mut client: TcpStream, port: u16, shared: Arc<Shared>) {
                     requests.feed(bytes, |tag, body| {
                         // Everything that ends in a ReadyForQuery.
                         open += i64::from(matches!(tag, b'Q' | b'S'));
-                        commit |= tag == b'Q' && body.ends_with(b"COMMIT\0");
+                        // Alone or behind the statements of its flight, in either protocol.
+                        commit |= match tag {
+                            b'Q' => body.ends_with(b"COMMIT\0"),
+                            b'P' => body.starts_with(b"\0COMMIT\0"),
+                            _ => false,
+                        };
                     });
                     if before <= 0 && open > 0 {
                         shared.flights.fetch_add(1, SeqCst);
