@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use tokio::time::timeout;
+use tokio_postgres::error::SqlState;
 
 use super::outcome::{Answer, Cause, Next, Outcome, after_commit, before_commit, is_closed};
 use super::transaction::{CommitWent, Transaction};
@@ -97,7 +98,13 @@ impl Transaction<'_> {
                 Some(e) => Error::Database(DriverError(e)),
                 None => self.aborted(),
             }),
-            Outcome::RolledBack(Cause::Fault) => Err(self.aborted()),
+            Outcome::RolledBack(Cause::Fault) => Err(match error {
+                // It was refused, in whatever words; 25P02 is only a symptom.
+                Some(e) if e.code().is_some_and(|code| *code != SqlState::IN_FAILED_SQL_TRANSACTION) => {
+                    Error::Database(DriverError(e))
+                }
+                _ => self.aborted(),
+            }),
         };
         // Otherwise something is still open.
         if told.is_ok() || is_closed(&facts) && !matches!(outcome, Outcome::RolledBack(Cause::Fault)) {
