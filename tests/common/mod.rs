@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "every test binary uses a part of it")]
 
 pub mod proxy;
+pub mod raw;
 pub mod sandbox;
 
 use std::future::Future;
