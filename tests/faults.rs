@@ -5,6 +5,7 @@ mod common;
 
 use std::time::Duration;
 
+use common::raw::{Raw, run};
 use common::{Database, connect, until_returned, within};
 use pg_session::testing::{FaultProxy, Faults, Sandbox};
 use pg_session::tokio_postgres::error::SqlState;
@@ -337,4 +338,163 @@ async fn a_proxy_without_a_server_refuses_its_clients() {
     let error = within(proxy.sessions().acquire()).await.unwrap_err();
     assert!(matches!(error, Error::Connect(_)), "{error}");
     assert_eq!(error.code().map(SqlState::code), Some("08006"));
+}
+
+// ---- BEGIN, statements and COMMIT under one Sync
+
+impl Case {
+    /// Three rows: by three statements of a batch, or by one for many rows.
+    async fn store(&self, many: bool, first: i64) -> Result<(), Error> {
+        let ids = first..first + 3;
+        const INSERT: &str = "INSERT INTO t VALUES ($1)";
+        if many {
+            let mut session = self.sessions.acquire().await?;
+            within(session.execute_many(INSERT, ids.map(|id| (id,)))).await?;
+        } else {
+            let mut batch = self.sessions.batch();
+            for id in ids {
+                batch.push(INSERT, (id,));
+            }
+            within(batch.run()).await?;
+        }
+        Ok(())
+    }
+
+    fn counts(&self) -> (u64, u64, u64) {
+        (self.faults.begins(), self.faults.statements(), self.faults.commits())
+    }
+}
+
+#[tokio::test]
+async fn a_batch_counts_its_statements_and_many_rows_are_one() {
+    for case in Case::both().await {
+        case.store(false, 1).await.unwrap();
+        assert_eq!(case.counts(), (1, 3, 1));
+        case.faults.reset();
+        case.store(true, 4).await.unwrap();
+        assert_eq!(case.counts(), (1, 1, 1));
+        case.faults.reset();
+        // In a transaction with others, and by some in two windows.
+        let options = TransactionOptions::serializable().local_setting("app.tenant", "x");
+        within(case.sessions.transaction_with(options, async |tx| {
+            tx.savepoint(async |sp| sp.execute_many("INSERT INTO t VALUES ($1)", [(7i64,), (8,)]).await)
+                .await?;
+            let ids = 10..10_000i64;
+            tx.execute_many("INSERT INTO t VALUES ($1)", ids.map(|id| (id,))).await?;
+            tx.batch().push("SELECT 1", ()).push("SELECT 1", ()).run().await?;
+            tx.execute("DELETE FROM t WHERE id > 8", &[]).await
+        }))
+        .await
+        .unwrap();
+        let (begins, statements, commits) = case.counts();
+        let windows = statements - 4;
+        assert_eq!((begins, commits), (1, 1));
+        assert!((2..20).contains(&windows), "{windows}");
+        assert_eq!(case.ids().await, [1, 2, 3, 4, 5, 6, 7, 8]);
+        case.done().await;
+    }
+}
+
+#[tokio::test]
+async fn a_statement_in_the_middle_of_a_batch_fails_there() {
+    for case in Case::both().await {
+        for n in 1..=3 {
+            case.faults.reset();
+            case.faults.fail_statement(n, UNIQUE);
+            let error = case.store(false, 1).await.unwrap_err();
+            assert!(error.is_unique_violation(), "{error:?}");
+            assert!(matches!(&error, Error::Batch(e) if e.position() == u64::from(n)), "{error:?}");
+            assert_eq!(case.counts(), (1, n.into(), 0));
+        }
+        case.faults.reset();
+        case.faults.fail_statement(1, UNIQUE);
+        assert!(case.store(true, 1).await.unwrap_err().is_unique_violation());
+        assert_eq!(case.counts(), (1, 1, 0));
+        assert_eq!(case.ids().await, [0; 0]);
+        case.faults.reset();
+        case.faults.fail_statement(2, SERIALIZATION);
+        case.store(false, 1).await.unwrap();
+        assert_eq!(case.counts(), (2, 2 + 3, 1));
+        // A failure of the server's own counts as well, and what it has skipped does not.
+        case.faults.reset();
+        assert!(case.store(false, 3).await.unwrap_err().is_unique_violation());
+        assert_eq!(case.counts(), (1, 1, 0));
+        assert_eq!(case.ids().await, [1, 2, 3]);
+        case.done().await;
+    }
+}
+
+#[tokio::test]
+async fn a_commit_under_the_same_sync_fails_and_nothing_is_stored() {
+    for case in Case::both().await {
+        for many in [false, true] {
+            case.faults.reset();
+            case.faults.fail_commit(1, UNIQUE);
+            let error = case.store(many, 1).await.unwrap_err();
+            assert!(error.is_unique_violation(), "{error:?}");
+            assert!(!matches!(error, Error::Batch(_)), "no statement is to blame: {error:?}");
+            assert_eq!((case.faults.begins(), case.faults.commits()), (1, 1));
+            assert_eq!(case.ids().await, [0; 0]);
+        }
+        case.faults.reset();
+        case.faults.fail_commit(1, SERIALIZATION);
+        case.store(false, 1).await.unwrap();
+        assert_eq!(case.counts(), (2, 6, 2));
+        assert_eq!(case.ids().await, [1, 2, 3]);
+        case.done().await;
+    }
+}
+
+#[tokio::test]
+async fn a_commit_under_the_same_sync_whose_answer_is_lost_is_unknown() {
+    for case in Case::both().await {
+        case.faults.lose_commit_answer(1);
+        assert!(case.store(false, 1).await.unwrap_err().is_commit_unknown());
+        case.faults.lose_commit_answer(1);
+        assert!(case.store(true, 4).await.unwrap_err().is_commit_unknown());
+        assert_eq!(case.ids().await, [1, 2, 3, 4, 5, 6]);
+        for many in [false, true] {
+            case.faults.cut_before_commit(1);
+            let error = case.store(many, 7).await.unwrap_err();
+            assert!(error.is_commit_unknown(), "{error:?}");
+        }
+        assert_eq!((case.faults.begins(), case.faults.commits()), (4, 4));
+        assert_eq!(case.ids().await, [1, 2, 3, 4, 5, 6]);
+        case.done().await;
+    }
+}
+
+#[tokio::test]
+async fn what_a_client_sends_under_one_sync_fails_as_on_a_server() {
+    let insert = |id: i64| run(&format!("INSERT INTO t VALUES ({id})"));
+    for case in Case::both().await {
+        let mut client = Raw::connect(&case.url, &case.database).await;
+        // Outside of a transaction, what came before is undone as well.
+        case.faults.fail_statement(2, UNIQUE);
+        let answer = client.batch(&[insert(1), insert(2), insert(3)]).await;
+        assert_eq!(answer, "12[INSERT 0 1]12<E23505> I");
+        case.faults.fail_statement(2, UNIQUE);
+        let parts = [run("BEGIN"), insert(1), insert(2), insert(3), run("COMMIT")];
+        assert_eq!(client.batch(&parts).await, "12[BEGIN]12[INSERT 0 1]12<E23505> E");
+        assert_eq!(client.batch(&[insert(1)]).await, "<E25P02> E");
+        case.faults.fail_commit(1, UNIQUE);
+        let parts = [run("ROLLBACK"), run("BEGIN"), insert(1), run("COMMIT"), insert(2)];
+        assert_eq!(client.batch(&parts).await, "12[ROLLBACK]12[BEGIN]12[INSERT 0 1]12<E23505> I");
+        // Neither does it matter how long the unnamed statement has been there.
+        let [parse, bind, execute] = <[_; 3]>::try_from(insert(9)).unwrap();
+        assert_eq!(client.batch(&[vec![parse]]).await, "1 I");
+        case.faults.fail_statement(1, UNIQUE);
+        assert_eq!(client.batch(&[vec![bind.clone(), execute.clone()]]).await, "2<E23505> I");
+        assert_eq!(client.batch(&[vec![bind, execute]]).await, "2[INSERT 0 1] I");
+        let tags = "12[BEGIN]12[INSERT 0 1]";
+        case.faults.lose_commit_answer(1);
+        let told = client.last_words(&[run("BEGIN"), insert(1), run("COMMIT")]).await;
+        assert!(told.starts_with(tags) && !told.contains("COMMIT"), "{told}");
+        let mut client = Raw::connect(&case.url, &case.database).await;
+        case.faults.cut_before_commit(1);
+        let told = client.last_words(&[run("BEGIN"), insert(2), run("COMMIT")]).await;
+        assert!(told.starts_with(tags) && !told.contains("COMMIT"), "{told}");
+        assert_eq!(case.ids().await, [1, 9]);
+        case.done().await;
+    }
 }

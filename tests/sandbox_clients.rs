@@ -7,13 +7,13 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use common::raw::{Raw, run, run_named, set_config, tags};
 use common::sandbox::{code, count, database, insert, outside, sandbox, simple, text};
-use common::{Database, connect, polls, within};
+use common::{connect, polls, within};
 use futures_util::{SinkExt, StreamExt};
 use pg_session::testing::{Sandbox, SandboxError};
 use pg_session::tokio_postgres::{SimpleQueryMessage, error::SqlState};
 use pg_session::{Error, IsolationLevel, SessionManager};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 // ---- what is given up
 
@@ -356,61 +356,12 @@ async fn a_role_with_few_rights_and_a_role_for_one_transaction_do() {
     database.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
 }
 
-/// A client that speaks the protocol by hand, where the driver would choose for itself.
-struct Raw(tokio::net::TcpStream);
-
-impl Raw {
-    async fn connect(sandbox: &Sandbox, database: &Database) -> Self {
-        Self::connect_to(&sandbox.url(), database).await
-    }
-
-    async fn connect_to(url: &str, database: &Database) -> Self {
-        let address = url.split(['@', '/']).nth(3).expect("an address");
-        let mut stream = tokio::net::TcpStream::connect(address).await.expect("a socket");
-        let parameters = format!("user\0postgres\0database\0{}\0\0", database.database.name());
-        let length = i32::try_from(parameters.len() + 8).expect("short");
-        stream
-            .write_all(&[&length.to_be_bytes(), &196_608i32.to_be_bytes(), parameters.as_bytes()].concat())
-            .await
-            .unwrap();
-        let mut raw = Self(stream);
-        raw.until(b'Z').await;
-        raw
-    }
-
-    async fn send(&mut self, messages: &[(u8, &[u8])]) {
-        for (tag, body) in messages {
-            let length = i32::try_from(body.len() + 4).expect("short");
-            self.0.write_all(&[&[*tag][..], &length.to_be_bytes(), body].concat()).await.unwrap();
-        }
-    }
-
-    /// The tags and bodies up to one of this tag.
-    async fn until(&mut self, last: u8) -> Vec<(u8, Vec<u8>)> {
-        let mut frames = Vec::new();
-        within(async {
-            while frames.last().is_none_or(|(tag, _)| *tag != last) {
-                let tag = self.0.read_u8().await.expect("an answer");
-                let length = self.0.read_i32().await.expect("a length");
-                let mut body = vec![0; usize::try_from(length).expect("a length") - 4];
-                self.0.read_exact(&mut body).await.expect("a body");
-                frames.push((tag, body));
-            }
-        })
-        .await;
-        frames
-    }
-}
-
-fn tags(frames: &[(u8, Vec<u8>)]) -> String {
-    frames.iter().map(|(tag, _)| char::from(*tag)).collect()
-}
-
 #[tokio::test]
 async fn clients_may_choose_the_same_names() {
     let database = database().await;
     let sandbox = sandbox(&database).await;
-    let mut clients = [Raw::connect(&sandbox, &database).await, Raw::connect(&sandbox, &database).await];
+    let mut clients =
+        [Raw::connect(&sandbox.url(), &database).await, Raw::connect(&sandbox.url(), &database).await];
     for (client, sql) in clients.iter_mut().zip(["x\0SELECT 'one'\0\0\0", "x\0SELECT 'two'\0\0\0"]) {
         client.send(&[(b'P', sql.as_bytes()), (b'D', b"Sx\0"), (b'S', b"")]).await;
         assert_eq!(tags(&client.until(b'Z').await), "1tTZ");
@@ -443,58 +394,12 @@ async fn clients_may_choose_the_same_names() {
     within(sandbox.finish()).await.unwrap();
 }
 
-/// Parse, Bind and Execute of a statement without parameters, all unnamed.
-fn run(sql: &str) -> Vec<(u8, Vec<u8>)> {
-    vec![(b'P', format!("\0{sql}\0\0\0").into_bytes()), (b'B', vec![0; 8]), (b'E', vec![0; 5])]
-}
-
-/// The same, with a Describe as the driver sends it, and names of statement and portal.
-fn run_named(statement: &str, portal: &str) -> Vec<(u8, Vec<u8>)> {
-    vec![
-        (b'B', format!("{portal}\0{statement}\0\0\0\0\0\0\0").into_bytes()),
-        (b'D', format!("P{portal}\0").into_bytes()),
-        (b'E', format!("{portal}\0\0\0\0\0").into_bytes()),
-    ]
-}
-
-/// As pg-session sends a setting of a transaction.
-fn set_config(name: &str, value: &str) -> Vec<(u8, Vec<u8>)> {
-    let mut bind = b"\0\0\0\0\0\x02".to_vec();
-    for text in [name, value] {
-        bind.extend(i32::try_from(text.len()).expect("short").to_be_bytes());
-        bind.extend(text.as_bytes());
-    }
-    bind.extend(b"\0\0");
-    let parse = b"\0SELECT pg_catalog.set_config($1,$2,true)\0\0\x02\0\0\0\x19\0\0\0\x19".to_vec();
-    vec![(b'P', parse), (b'B', bind), (b'E', vec![0; 5])]
-}
-
-impl Raw {
-    /// The answer to a batch, which ends in one Sync: tags of frames, with those of commands, SQLSTATEs, and the status.
-    async fn batch(&mut self, parts: &[Vec<(u8, Vec<u8>)>]) -> String {
-        let messages: Vec<_> = parts.iter().flatten().map(|(tag, body)| (*tag, &body[..])).collect();
-        self.send(&messages).await;
-        self.send(&[(b'S', b"")]).await;
-        let words = self.until(b'Z').await.into_iter().map(|(tag, body)| match tag {
-            b'C' => format!("[{}]", String::from_utf8_lossy(&body[..body.len() - 1])),
-            b'E' | b'N' => {
-                let fields = body.split(|b| *b == 0);
-                let code = fields.filter_map(|field| field.strip_prefix(b"C")).next().expect("a SQLSTATE");
-                format!("<{}{}>", char::from(tag), String::from_utf8_lossy(code))
-            }
-            b'Z' => format!(" {}", char::from(body[0])),
-            tag => char::from(tag).to_string(),
-        });
-        words.collect()
-    }
-}
-
 #[tokio::test]
 async fn a_transaction_under_one_sync_is_committed_for_the_others_and_rolled_back_at_the_end() {
     let database = database().await;
     let sandbox = sandbox(&database).await;
     let other = connect(&sandbox.url()).await;
-    let mut client = Raw::connect(&sandbox, &database).await;
+    let mut client = Raw::connect(&sandbox.url(), &database).await;
     let insert = run("INSERT INTO t (id) VALUES (1)");
     let answer = client.batch(&[run("BEGIN ISOLATION LEVEL SERIALIZABLE"), insert, run("COMMIT")]).await;
     assert_eq!(answer, "12[BEGIN]12[INSERT 0 1]12[COMMIT] I");
@@ -527,7 +432,7 @@ async fn the_answers_to_control_under_one_sync_are_those_of_a_server() {
     let sandbox = sandbox(&database).await;
     let own = self::database().await;
     let mut clients =
-        [Raw::connect(&sandbox, &database).await, Raw::connect_to(own.database.url(), &own).await];
+        [Raw::connect(&sandbox.url(), &database).await, Raw::connect(own.database.url(), &own).await];
     let insert = || run("INSERT INTO t (id) VALUES (1)");
     let late = || run("INSERT INTO child (late) VALUES (9)");
     let batches = [
@@ -559,7 +464,7 @@ async fn a_begin_that_is_refused_takes_the_statement_behind_it_along() {
     )
     .await
     .unwrap();
-    let mut client = Raw::connect(&sandbox, &database).await;
+    let mut client = Raw::connect(&sandbox.url(), &database).await;
     let insert = || run("INSERT INTO t (id) VALUES (1)");
     let begin = run("BEGIN ISOLATION LEVEL SERIALIZABLE");
     assert_eq!(client.batch(&[begin.clone(), insert(), run("COMMIT")]).await, "12<E0A000> I");
@@ -573,7 +478,7 @@ async fn a_begin_that_is_refused_takes_the_statement_behind_it_along() {
 async fn an_error_under_the_same_sync_aborts_and_commit_is_skipped() {
     let database = database().await;
     let sandbox = sandbox(&database).await;
-    let mut client = Raw::connect(&sandbox, &database).await;
+    let mut client = Raw::connect(&sandbox.url(), &database).await;
     let insert = || run("INSERT INTO t (id) VALUES (1)");
     let answer = client.batch(&[run("BEGIN"), insert(), insert(), run("COMMIT")]).await;
     assert_eq!(answer, "12[BEGIN]12[INSERT 0 1]12<E23505> E");
@@ -603,7 +508,7 @@ async fn a_setting_given_by_parameters_ends_with_its_transaction() {
             .collect::<Vec<_>>()
     };
     let before = settings().await;
-    let mut client = Raw::connect(&sandbox, &database).await;
+    let mut client = Raw::connect(&sandbox.url(), &database).await;
     for end in ["COMMIT", "ROLLBACK"] {
         let tenant = set_config("app.tenant", "x");
         let parts = [run("BEGIN"), tenant, set_config("statement_timeout", "77s"), run(setting), run(end)];
@@ -627,7 +532,7 @@ async fn control_that_was_prepared_is_used_again_in_later_batches() {
     let database = database().await;
     let sandbox = sandbox(&database).await;
     let other = connect(&sandbox.url()).await;
-    let mut client = Raw::connect(&sandbox, &database).await;
+    let mut client = Raw::connect(&sandbox.url(), &database).await;
     let parse = |name: &str, sql: &str| (b'P', format!("{name}\0{sql}\0\0\0").into_bytes());
     let describe = |name: &str| (b'D', format!("S{name}\0").into_bytes());
     let close = |name: &str| (b'C', format!("{name}\0").into_bytes());
@@ -685,7 +590,7 @@ async fn the_drivers_own_prepared_control_does_its_work() {
 async fn a_flush_gets_the_answers_to_control_before_the_sync() {
     let database = database().await;
     let sandbox = sandbox(&database).await;
-    let mut client = Raw::connect(&sandbox, &database).await;
+    let mut client = Raw::connect(&sandbox.url(), &database).await;
     for sql in ["BEGIN", "INSERT INTO t (id) VALUES (1)", "COMMIT"] {
         let messages = run(sql);
         client.send(&messages.iter().map(|(tag, body)| (*tag, &body[..])).collect::<Vec<_>>()).await;
@@ -700,7 +605,7 @@ async fn a_flush_gets_the_answers_to_control_before_the_sync() {
 async fn a_sync_before_the_data_of_a_copy_is_ignored_whenever_it_comes() {
     let database = database().await;
     let sandbox = sandbox(&database).await;
-    let mut client = Raw::connect(&sandbox, &database).await;
+    let mut client = Raw::connect(&sandbox.url(), &database).await;
     let start: &[(u8, &[u8])] =
         &[(b'P', b"\0COPY t (id) FROM STDIN\0\0\0"), (b'B', b"\0\0\0\0\0\0\0\0"), (b'E', b"\0\0\0\0\0")];
     let data: &[(u8, &[u8])] = &[(b'd', b"1\n"), (b'c', b""), (b'S', b"")];

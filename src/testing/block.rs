@@ -10,6 +10,7 @@ use super::{
     client::{Conversation, End},
     frames::Report,
     relay::Common,
+    simple::Completions,
     sql::{Modes, SqlStatement},
 };
 
@@ -140,7 +141,7 @@ impl Conversation {
     pub(super) async fn raise(&mut self, report: &Report) -> Result<(), End> {
         self.unnamed_gone = true;
         self.backend()?.send_query(raise_sql(report).as_bytes());
-        self.exchange(false).await.map(drop)
+        self.exchange(Completions::Tell).await.map(drop)
     }
 
     /// Whether the server refuses everything but the end of the transaction, or of the batch.

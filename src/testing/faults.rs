@@ -26,15 +26,16 @@ use crate::manager::SessionManager;
 ///
 /// | counter | counts |
 /// |---|---|
-/// | [`statements`](Self::statements) | a request of the extended protocol that executes something (`query`, `execute`, `COPY` …), and each statement of a simple query (`batch_execute`) |
+/// | [`statements`](Self::statements) | each statement: one that the extended protocol executes (`query`, `execute`, `COPY` …), each of a [batch](crate::Batch), and each of a simple query (`batch_execute`) |
 /// | [`begins`](Self::begins) | BEGIN and START TRANSACTION: the attempts at a transaction |
 /// | [`commits`](Self::commits) | COMMIT and END that came from a client, whatever became of them |
 /// | [`acquires`](Self::acquires) | the start-up of a connection, and the sign of life that a pool asks of an idle one |
 ///
 /// Not statements are transaction control (BEGIN, COMMIT, ROLLBACK, savepoints, SET TRANSACTION), the local settings of
 /// [`TransactionOptions`](crate::TransactionOptions), preparing, what `pg-session` sends to set up and reset a session,
-/// and what the driver sends to look up types. BEGIN and COMMIT are seen in simple queries, as this crate and
-/// tokio-postgres send them.
+/// and what the driver sends to look up types. The rows of `execute_many` count as one statement as far as they are sent
+/// together, some thousands at a time. All of it is seen in both of the protocols, simple and extended; in the latter, what
+/// the server skips since a statement under the same Sync has failed does not count.
 ///
 /// A transaction's BEGIN travels with its first statement, so one that runs none is not counted.
 #[derive(Clone, Debug, Default)]
@@ -66,8 +67,8 @@ pub(super) enum AtCommit {
 impl Faults {
     /// The `n`-th statement from now fails with this SQLSTATE instead of being run.
     ///
-    /// The error is a real one of the server's, so a transaction is really aborted by it. Its message is "injected by a
-    /// test".
+    /// The error is a real one of the server's, so a transaction is really aborted by it, and what comes behind it under
+    /// the same Sync, as in a batch, is skipped. Its message is "injected by a test".
     pub fn fail_statement(&self, n: u32, state: SqlState) {
         let mut plan = lock(&self.plan);
         let number = plan.statements + u64::from(n.max(1));

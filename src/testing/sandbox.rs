@@ -86,13 +86,12 @@ use crate::manager::SessionManager;
 ///   [`isolation_level`](SandboxBuilder::isolation_level) is READ COMMITTED.
 /// - Locks are held until the sandbox ends: two that write the same unique key or row, or take the same advisory lock,
 ///   wait for each other.
-/// - BEGIN, COMMIT and ROLLBACK must come as simple queries, as this crate and tokio-postgres send them; prepared ones
-///   are refused with SQLSTATE 0A000, as are `AND CHAIN`, two-phase commit and `DEALLOCATE ALL`.
+/// - `AND CHAIN`, two-phase commit and `DEALLOCATE ALL` are refused with SQLSTATE 0A000, and so is a prepared
+///   SET TRANSACTION with a level: BEGIN can have one.
 /// - `default_transaction_isolation` and the like have no effect, nor have start-up options of clients. Role and
 ///   options are those of the URL the sandbox was started with.
-/// - `set_config('name', …, true)` in a prepared statement ends with its transaction if name and `true` stand in its
-///   text; with parameters there, it lives on.
-/// - The unnamed prepared statement lives as long as one request, or as a transaction.
+/// - `set_config(name, …, true)` ends with its transaction if `true` stands in the text, and a string or a parameter of a
+///   prepared statement as its name; with anything else there, it lives on.
 pub struct Sandbox {
     relay: Relay,
     sessions: SessionManager,

@@ -15,6 +15,16 @@ const SET_UP: &str = "SET client_connection_check_interval = '1s'";
 /// How its reset of a returned session begins.
 const RESET: &str = "SET SESSION AUTHORIZATION DEFAULT; RESET ALL; CLOSE ALL; UNLISTEN *;";
 
+/// What is done with the CommandCompletes of a simple query.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Completions {
+    Tell,
+    /// The last is not told before it is certain.
+    Hold,
+    /// One is of the relay's own: that behind so many others.
+    TellAllBut(usize),
+}
+
 impl Conversation {
     /// A simple query, one statement at a time.
     pub(super) async fn simple(&mut self, frame: &Frame) -> Result<(), End> {
@@ -75,12 +85,12 @@ impl Conversation {
         }
         self.remember(statement.local_settings()).await?;
         self.backend()?.send_query(statement.text.as_bytes());
-        self.exchange(true).await
+        self.exchange(Completions::Hold).await
     }
 
     /// Passes the server's answer to a simple query on, up to ReadyForQuery, and CopyData the other way; whether all
     /// went well.
-    pub(super) async fn exchange(&mut self, hold: bool) -> Result<bool, End> {
+    pub(super) async fn exchange(&mut self, mut completions: Completions) -> Result<bool, End> {
         let mut well = true;
         loop {
             while let Some(frame) = self.backend_frame()? {
@@ -89,8 +99,12 @@ impl Conversation {
                         self.at_rest().await?;
                         return Ok(well);
                     }
-                    b'C' | b'I' if hold => self.hold(frame.bytes()),
+                    b'C' | b'I' if completions == Completions::Hold => self.hold(frame.bytes()),
+                    b'C' if completions == Completions::TellAllBut(0) => completions = Completions::Tell,
                     tag => {
+                        if let (b'C', Completions::TellAllBut(before)) = (tag, &mut completions) {
+                            *before -= 1;
+                        }
                         well &= tag != b'E';
                         self.tell(frame.bytes());
                     }
@@ -109,17 +123,18 @@ impl Conversation {
         let backend = self.backend()?;
         backend.busy = true;
         backend.peer.push(frame.bytes());
-        self.exchange(false).await.map(drop)
+        self.exchange(Completions::Tell).await.map(drop)
     }
 
     /// A simple query on a connection of the client's own: passed on whole, with what is to fail put in.
     pub(super) async fn simple_by_proxy(&mut self, frame: &Frame) -> Result<(), End> {
         let sql = frame.body().strip_suffix(b"\0").unwrap_or(frame.body());
         let mut to_send = sql.to_vec();
+        let mut completions = Completions::Tell;
         self.statements.remove(&b""[..]); // as on a server
         if let Ok(sql) = std::str::from_utf8(sql) {
             let counted = sql != SET_UP && !sql.starts_with(RESET);
-            for statement in sql::split(sql) {
+            for (i, statement) in sql::split(sql).into_iter().enumerate() {
                 let failure = match statement.kind() {
                     Kind::Begin { .. } => {
                         self.shared.faults.on_begin();
@@ -127,7 +142,10 @@ impl Conversation {
                     }
                     Kind::Commit => match self.shared.faults.on_commit() {
                         Some(AtCommit::CutBefore) => return Err(End::Cut),
-                        Some(AtCommit::Fail(state)) => Some(("ROLLBACK;", state)),
+                        Some(AtCommit::Fail(state)) => {
+                            completions = Completions::TellAllBut(i);
+                            Some(("ROLLBACK;", state))
+                        }
                         Some(AtCommit::LoseAnswer) => {
                             self.muted = true;
                             None
@@ -147,6 +165,6 @@ impl Conversation {
             }
         }
         self.backend()?.send_query(&to_send);
-        self.exchange(false).await.map(drop)
+        self.exchange(completions).await.map(drop)
     }
 }

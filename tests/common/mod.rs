@@ -3,6 +3,7 @@
 
 pub mod middle;
 pub mod proxy;
+pub mod raw;
 pub mod sandbox;
 
 use std::future::Future;
