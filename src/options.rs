@@ -95,7 +95,7 @@ impl TransactionOptions {
     ///
     /// The name is one or more identifiers of letters, digits and `_`, separated by dots; another makes the
     /// transaction fail with [`Error::Config`] before anything is sent. An unknown parameter or bad value makes the
-    /// first statement fail with [`Error::Aborted`].
+    /// first statement, which is not run, fail with [`Error::Database`].
     #[must_use]
     pub fn local_setting(
         mut self,

@@ -564,7 +564,8 @@ impl Ledger {
         let end = bytes.len() - rest.len();
         let Some(piece) = piece else {
             // Half a header. Where nothing is ours it is the driver's; else that is told when it is complete.
-            if plain || self.read_of_header > 0 {
+            let ours = matches!(bytes[at], b'G' | b'H') && !wire.has(happened::RAW);
+            if plain && !ours || self.read_of_header > 0 {
                 self.read_of_header = self.incoming.partial();
                 self.keep(bytes, at..end, kept);
             }
@@ -800,6 +801,8 @@ fn on_commit(tag: &[u8], wire: &Wire) {
         _ => return,
     }
     wire.undo(happened::BEGUN);
+    // As the ReadyForQuery behind it will say.
+    wire.on_status(b'I', false);
 }
 
 /// What a request is that begins so.

@@ -39,7 +39,8 @@ use crate::statements::{Source, Statement, ToStatement, Traits};
 ///
 /// The verbs are the driver's. Where they take SQL text, it is prepared the first time this connection sees it (one
 /// round trip more) and kept in a bounded cache. They take `&self`: several may run at once, as under `try_join!`, and
-/// are then pipelined in the order in which they were first polled; while one prepares its statement the others wait.
+/// are then pipelined. While one prepares its statement the others wait, and so they do until a transaction's BEGIN, which
+/// travels with its first statement, is confirmed.
 /// Row streams, COPY and `execute_many` need the connection for themselves.
 ///
 /// # Cancel safety
@@ -412,9 +413,9 @@ impl Connection {
     pub(crate) fn give_up_transaction(&self, aftermath: impl FnOnce(&BlockFacts) + Send + 'static) {
         if std::thread::panicking() {
             if self.has_begun() {
-                self.shell.lose(PANICKED);
+                self.shell.cut(PANICKED);
             }
-            self.wire().take_back();
+            self.shell.take_back(&mut self.shell.core());
             return;
         }
         let start = {

@@ -315,6 +315,13 @@ impl Core {
         }
     }
 
+    /// A request of our own making is sent as a whole, and needs the connection for itself no longer.
+    pub(super) fn share(&mut self) {
+        if self.lane == Lane::Exclusive(Use::Group) {
+            self.lane = Lane::Shared(1);
+        }
+    }
+
     /// A request has had its answer.
     #[inline]
     pub(super) fn finish(&mut self) {

@@ -197,8 +197,13 @@ impl Connection {
     ) -> Result<Statement, Error> {
         match prepared.get(sql) {
             Some(statement) => Ok(statement.clone()),
-            None => Box::pin(self.prepare(sql)).await.map_err(|e| e.in_batch(BatchPart::statement(index))),
+            None => Box::pin(self.prepare(sql)).await.map_err(|e| self.place(e, BatchPart::statement(index))),
         }
+    }
+
+    /// A refusal, with the part of the batch that it is about; unless it was BEGIN, or what else went ahead.
+    fn place(&self, error: Error, part: BatchPart) -> Error {
+        if self.wire().is_lead_refused() { error } else { error.in_batch(part) }
     }
 
     async fn prepare_missing<'s>(
@@ -223,7 +228,7 @@ impl Connection {
         for ((index, sql), result) in missing.into_iter().zip(prepared) {
             match result {
                 Ok(statement) => _ = statements.insert(sql, statement),
-                Err(e) => return Err(self.explain(e).in_batch(BatchPart::statement(index))),
+                Err(e) => return Err(self.place(self.explain(e), BatchPart::statement(index))),
             }
         }
         Ok(statements)
@@ -255,6 +260,10 @@ impl Connection {
         };
         if let Err(failure) = request.send_all(&mut calls, &mut early, group).await {
             return Err(request.failed(failure).await);
+        }
+        if !commit {
+            // All of them are sent: others may come behind.
+            self.shell.core().share();
         }
         let mut results = Vec::with_capacity(calls.len());
         for (index, (call, early)) in calls.into_iter().zip(early).enumerate() {
@@ -288,10 +297,10 @@ impl Connection {
                 self.forget(&bound.statement);
             }
         }
-        let refused_commit = self.wire().is_commit_refused();
+        let commit = self.wire().is_commit_refused();
         let error = request.failed(Failure::Driver(error)).await;
         // It was COMMIT that failed, and the driver's last request got to hear it.
-        if refused_commit { error } else { error.in_batch(part) }
+        if commit { error } else { self.place(error, part) }
     }
 
     async fn reply(&self, bound: &Bound) -> Reply {

@@ -146,9 +146,10 @@ where
                 Ok(touched) => affected += touched,
                 Err(WindowFailure { failure, row }) => {
                     let Some(request) = self.request.take() else { break };
-                    let refused_commit = connection.wire().is_commit_refused();
+                    // It was BEGIN or COMMIT that failed, and the driver's request got to hear it.
+                    let ours = connection.wire().is_commit_refused() || connection.wire().is_lead_refused();
                     let error = request.failed(failure).await;
-                    return Err(if refused_commit { error } else { error.in_batch(BatchPart::Row(row)) });
+                    return Err(if ours { error } else { error.in_batch(BatchPart::Row(row)) });
                 }
             }
             window = next?;

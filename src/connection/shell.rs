@@ -3,7 +3,7 @@
 use std::fmt;
 use std::future::Future;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::runtime::Handle;
@@ -39,6 +39,7 @@ pub(crate) struct Shell {
     /// Set when the session ran something that leaves state behind.
     pub(super) dirty: AtomicBool,
     retired: AtomicBool,
+    savepoints: AtomicU32,
     core: Mutex<Core>,
     statements: Mutex<Statements>,
     /// Who wants to know what became of a COMMIT whose caller has left.
@@ -76,6 +77,7 @@ impl Shell {
             number: NUMBER.fetch_add(1, Relaxed),
             dirty: AtomicBool::new(false),
             retired: AtomicBool::new(false),
+            savepoints: AtomicU32::new(0),
             core: Mutex::new(Core::new()),
             statements,
             aftermath: Mutex::default(),
@@ -148,6 +150,11 @@ impl Shell {
 
     fn later(&self) -> MutexGuard<'_, Vec<Step>> {
         self.later.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The number of a new savepoint. Never used twice: one that could not be set must not be taken for another.
+    pub(crate) fn new_savepoint(&self) -> u32 {
+        self.savepoints.fetch_add(1, Relaxed).wrapping_add(1)
     }
 
     /// Has a step travel with the next request that is made.
@@ -236,8 +243,8 @@ impl Shell {
         if matches!(server.parsed_severity(), Some(Severity::Fatal | Severity::Panic)) {
             return self.over(outside);
         }
-        // Something of ours that went ahead was refused, and the statement was not run; or it is but a symptom.
-        if self.wire.is_lead_refused() || *server.code() == SqlState::IN_FAILED_SQL_TRANSACTION {
+        // Only a symptom.
+        if *server.code() == SqlState::IN_FAILED_SQL_TRANSACTION {
             if let Some(first) = self.wire.fault(0) {
                 return self.broken_by(&first);
             }

@@ -125,6 +125,9 @@ impl<'o> Run<'o> {
                 Some(left) => match timeout(left, attempt).await {
                     Ok(result) => result,
                     // Dropping `tx` rolls back in the background; the deadline waits for nobody.
+                    Err(_) if connection.wire().is_ended_by_sql() => {
+                        return Step::Done(Err(connection.ended_by_sql().into()));
+                    }
                     Err(_) => {
                         tx.span = None;
                         return Step::Done(Err(self.too_late().into()));

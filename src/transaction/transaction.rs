@@ -65,8 +65,8 @@ pub struct Transaction<'a> {
 enum Role {
     /// The block itself.
     Outermost,
-    /// The savepoint of this depth, set when the transaction had so many faults.
-    Savepoint { depth: u32, mark: usize },
+    /// The savepoint with this number, set when the transaction had so many faults.
+    Savepoint { number: u32, mark: usize },
 }
 
 /// Whether COMMIT went out together with statements.
@@ -213,17 +213,14 @@ impl<'a> Transaction<'a> {
         E: From<Error>,
     {
         let connection = &*self.connection;
-        let depth = match self.role {
-            Role::Outermost => 1,
-            Role::Savepoint { depth, .. } => depth + 1,
-        };
+        let number = connection.shell.new_savepoint();
         connection.shell.settled().await?;
         let mark = connection.wire().mark();
-        connection.shell.lead(Step::Savepoint(depth));
+        connection.shell.lead(Step::Savepoint(number));
         let mut inner = Transaction {
             connection: Loan::Borrowed(connection),
             hooks: Mutex::default(),
-            role: Role::Savepoint { depth, mark },
+            role: Role::Savepoint { number, mark },
             attempt: self.attempt,
             commit_went: AtomicU8::new(CommitWent::No as u8),
             refusal: Mutex::default(),
@@ -256,21 +253,21 @@ impl<'a> Transaction<'a> {
     }
 
     fn release(&mut self) {
-        if let Role::Savepoint { depth, .. } = self.role {
+        if let Role::Savepoint { number, .. } = self.role {
             self.done = true;
-            if !self.connection.shell.retract(&Step::Savepoint(depth)) {
-                self.connection.shell.lead(Step::Release(depth));
+            if !self.connection.shell.retract(&Step::Savepoint(number)) {
+                self.connection.shell.lead(Step::Release(number));
             }
         }
     }
 
     fn undo(&mut self) {
-        if let Role::Savepoint { depth, mark } = self.role {
+        if let Role::Savepoint { number, mark } = self.role {
             self.done = true;
             let shell = &self.connection.shell;
-            if !shell.retract(&Step::Savepoint(depth)) {
-                shell.lead(Step::RollBackTo(depth));
-                shell.lead(Step::Release(depth));
+            if !shell.retract(&Step::Savepoint(number)) {
+                shell.lead(Step::RollBackTo(number));
+                shell.lead(Step::Release(number));
             }
             self.connection.forgive(mark);
         }

@@ -1,4 +1,7 @@
-//! Attack: wrong outcomes, one by one.
+//! What callers are told, beside what is stored, in places that are easily forgotten.
+#![cfg(feature = "testing")]
+#![allow(clippy::mem_forget, reason = "what is leaked is what is tested")]
+
 mod common;
 
 use std::future::Future;
@@ -79,7 +82,7 @@ async fn a_copy_that_fails_has_stored_nothing() {
     within(async {
         let db = table().await;
         let sessions = db.single();
-        let file = std::env::temp_dir().join(format!("attack_copy_{}", std::process::id()));
+        let file = std::env::temp_dir().join(format!("test_copy_{}", std::process::id()));
         std::fs::write(&file, "1\n2\n").unwrap();
         use std::os::unix::fs::PermissionsExt;
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();

@@ -1,4 +1,6 @@
-//! Attack: what is to travel with the next request, while the driver has requests that it has not written yet.
+//! What is to travel with the next request, while the driver has requests that it has not sent yet.
+#![cfg(feature = "testing")]
+
 mod common;
 
 use common::{Database, polls, within};

@@ -1,4 +1,6 @@
-//! Attack: what travels ahead of a simple query (BEGIN, SAVEPOINT, RELEASE) when the server refuses the text as a whole.
+//! What travels ahead of a simple query when the server refuses the text as a whole.
+#![cfg(feature = "testing")]
+
 mod common;
 
 use common::{Database, within};
