@@ -4,7 +4,9 @@
 #[derive(Debug)]
 pub(crate) struct SqlStatement<'a> {
     /// Where it begins in the query.
+    #[allow(dead_code, reason = "only the test kit looks at it")]
     pub(crate) start: usize,
+    #[allow(dead_code, reason = "only the test kit looks at it")]
     pub(crate) text: &'a str,
     pub(crate) tokens: Vec<Token<'a>>,
 }

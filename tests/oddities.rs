@@ -3,12 +3,10 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{Database, within};
 use pg_session::{Error, Session, TransactionOptions};
-use tokio_postgres::types::{IsNull, ToSql, Type, private::BytesMut, to_sql_checked};
 
 async fn fine(session: &mut Session) {
     let tx = session.begin().await.unwrap();

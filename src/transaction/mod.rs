@@ -8,5 +8,6 @@ mod run;
 mod transaction;
 
 pub(crate) use run::{Run, Step, held};
+#[cfg(any(feature = "axum", feature = "actix-web"))]
 pub(crate) use transaction::Hooks;
 pub use transaction::Transaction;
