@@ -50,6 +50,63 @@ const HOUSE: &[(&str, &[&str])] = &[
 const EDGE: &[&str] =
     &["error", "health", "lazy_session", "manager", "observe", "problem", "request", "session"];
 
+/// In each folder, its files with those of the same folder that they may import, leaves first.
+const FOLDERS: &[(&str, &[(&str, &[&str])])] = &[
+    (
+        "connect",
+        &[
+            ("place", &[]),
+            ("frames", &[]),
+            ("flight", &[]),
+            ("wire", &["flight"]),
+            ("ledger", &["flight", "frames", "wire"]),
+            ("stream", &["ledger", "wire"]),
+            // These two through the folder's own door.
+            ("dial", &[]),
+        ],
+    ),
+    (
+        "transaction",
+        &[
+            ("begin", &[]),
+            ("outcome", &[]),
+            ("transaction", &["begin", "outcome"]),
+            ("commit", &["outcome", "transaction"]),
+            ("run", &["transaction"]),
+        ],
+    ),
+];
+
+/// The files of the same folder that a file's code names.
+fn neighbours(source: &str) -> BTreeSet<String> {
+    let source = code(source);
+    let word = |rest: &str| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+    source.split("super::").skip(1).map(word).filter(|name: &String| !name.is_empty()).collect()
+}
+
+#[test]
+fn inside_a_folder_imports_go_one_way_too() {
+    for (folder, files) in FOLDERS {
+        for (i, (file, allowed)) in files.iter().enumerate() {
+            let path =
+                Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(folder).join(format!("{file}.rs"));
+            let names = neighbours(&fs::read_to_string(path).unwrap());
+            let known = |name: &&String| files.iter().any(|(other, _)| other == name);
+            for other in names.iter().filter(known).filter(|name| name != file) {
+                assert!(allowed.contains(&other.as_str()), "{folder}/{file} imports {other}");
+                assert!(files[..i].iter().any(|(above, _)| above == other), "{file} looks up to {other}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_wrong_import_of_a_neighbour_is_noticed() {
+    let source =
+        "//! Frames.\nuse super::wire::Wire;\n/// See [`super::ledger`].\nuse super::{flight, frames};\n";
+    assert_eq!(neighbours(source), BTreeSet::from(["wire".to_owned()]));
+}
+
 /// A file without its documentation and its unit tests.
 fn code(source: &str) -> String {
     let code =

@@ -214,16 +214,24 @@ impl Ledger {
         let mut rest = bytes;
         let mut sent = 0;
         if self.outgoing.at_boundary() {
-            while let Some(&[tag, a, b, c, d]) = rest.first_chunk() {
-                let length = (u32::from_be_bytes([a, b, c, d]) as usize).saturating_add(1);
-                let Some(next) = rest.get(length..) else { break };
-                rest = next;
-                // All that a request of several messages needs, told by its first and its last.
-                if self.writing == Writing::Request && tag != b'S' && tag != b'Q' {
-                    continue;
+            let (mut writing, mut asked) = (self.writing, self.asked);
+            while let Some((tag, _)) = whole(&mut rest) {
+                match (tag, writing) {
+                    (b'S', Writing::Request) => {
+                        writing = Writing::Nothing;
+                        (asked, sent) = (asked + 1, sent + 1);
+                    }
+                    (b'B' | b'P' | b'E' | b'D', Writing::Nothing | Writing::Request) => {
+                        writing = Writing::Request;
+                    }
+                    _ => {
+                        (self.writing, self.asked) = (writing, asked);
+                        sent += u64::from(self.count(tag));
+                        (writing, asked) = (self.writing, self.asked);
+                    }
                 }
-                sent += u64::from(self.count(tag));
             }
+            (self.writing, self.asked) = (writing, asked);
         }
         if !rest.is_empty() {
             sent += self.wrote_in_parts(rest);
@@ -491,22 +499,30 @@ impl Ledger {
     fn read_plain(&mut self, bytes: &[u8], wire: &Wire) -> usize {
         let mut rest = bytes;
         loop {
-            let at = bytes.len() - rest.len();
-            let Some((tag, body)) = whole(&mut rest) else { return at };
+            let before = rest;
+            let Some((tag, body)) = whole(&mut rest) else { break };
             match tag {
                 b'Z' => {
-                    self.end_answer(body, wire);
+                    let status = body.first().copied().unwrap_or(b'I');
+                    wire.on_status(status, std::mem::take(&mut self.rolled_back));
+                    self.bound = false;
+                    self.came += 1;
+                    wire.on_answered(1);
                     if !self.is_plain() {
-                        return bytes.len() - rest.len();
+                        break;
                     }
                 }
                 b'C' if is_command(body) => self.on_command(body, wire),
                 b'2' => self.bound = true,
                 b'E' => _ = wire.on_error(body),
-                b'G' | b'H' => return at,
+                b'G' | b'H' => {
+                    rest = before;
+                    break;
+                }
                 _ => {}
             }
         }
+        bytes.len() - rest.len()
     }
 
     /// Frames that come in parts, or are not all the driver's, from `at` on.

@@ -8,6 +8,6 @@ mod run;
 mod transaction;
 
 pub(crate) use run::{Run, Step, held};
-#[cfg(any(feature = "axum", feature = "actix-web"))]
+#[allow(unused_imports, reason = "only the adapters name it")]
 pub(crate) use transaction::Hooks;
 pub use transaction::Transaction;
