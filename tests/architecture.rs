@@ -50,8 +50,11 @@ const HOUSE: &[(&str, &[&str])] = &[
 const EDGE: &[&str] =
     &["error", "health", "lazy_session", "manager", "observe", "problem", "request", "session"];
 
+/// Each file with those that it may import.
+type Files = &'static [(&'static str, &'static [&'static str])];
+
 /// In each folder, its files with those of the same folder that they may import, leaves first.
-const FOLDERS: &[(&str, &[(&str, &[&str])])] = &[
+const FOLDERS: &[(&str, Files)] = &[
     (
         "connect",
         &[

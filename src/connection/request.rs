@@ -319,8 +319,8 @@ impl<'a> Request<'a> {
         // Whatever it did or did not do, nobody knows.
         shell.wire.note(Fault::Abandoned);
         if std::thread::panicking() {
-            // A panic in a parameter's `ToSql` leaves half a message in the driver's buffer.
-            shell.lose(PANICKED);
+            // A panic in a parameter's `ToSql` leaves half a message in the driver's buffer. Nobody may wait for what is open.
+            shell.cut(PANICKED);
             return;
         }
         let start = shell.core().abandon(self.number);

@@ -118,7 +118,14 @@ impl Transaction<'_> {
         let connection = self.connection();
         match connection.wire().fault(0) {
             Some(fault) => connection.shell.broken_by(&fault),
-            None => connection.shell.lost("COMMIT was answered with ROLLBACK"),
+            // The server has one that is not on record: 25P02 raised by SQL, or more faults than are kept.
+            None => Error::Aborted(Box::new(ServerError {
+                fatal: false,
+                code: SqlState::IN_FAILED_SQL_TRANSACTION,
+                message: "COMMIT was answered with ROLLBACK".into(),
+                constraint: None,
+                routine: None,
+            })),
         }
     }
 

@@ -106,7 +106,14 @@ impl<'o> Run<'o> {
         F: AsyncFnOnce(&mut Transaction<'_>) -> Result<T, E> + Clone,
         E: From<Error>,
     {
-        if let Err(e) = connection.claim().await {
+        let settled = match self.left() {
+            None => connection.claim().await,
+            Some(left) => match timeout(left, connection.claim()).await {
+                Ok(settled) => settled,
+                Err(_) => return Step::Done(Err(self.too_late().into())),
+            },
+        };
+        if let Err(e) = settled {
             return Step::Done(Err(e.into()));
         }
         let mut tx = match Transaction::begin(connection, self.options) {
@@ -151,7 +158,7 @@ impl<'o> Run<'o> {
             let delay = match self.delay_after(&failed, may_move) {
                 Ok(delay) => delay,
                 Err(exhausted) => {
-                    tx.roll_back_now().await;
+                    roll_back(self.left(), &mut tx).await;
                     let unknown = failed.own.as_ref().is_some_and(Error::is_commit_unknown);
                     let outcome = if unknown { Outcome::Unknown } else { Outcome::RolledBack };
                     observe::transaction_ended(&self.span, self.attempts, outcome);
@@ -159,7 +166,7 @@ impl<'o> Run<'o> {
                 }
             };
             if self.left().is_some_and(|left| left <= delay) {
-                tx.roll_back_now().await;
+                roll_back(self.left(), &mut tx).await;
                 return Step::Done(Err(self.too_late().into()));
             }
             let class = failed.class.unwrap_or(RetryClass::Serialization);
@@ -213,6 +220,14 @@ impl<'o> Run<'o> {
     }
 }
 
+/// Rolls back; what is not done when the deadline comes is done in the background.
+async fn roll_back(left: Option<Duration>, tx: &mut Transaction<'_>) {
+    match left {
+        None => tx.roll_back_now().await,
+        Some(left) => _ = timeout(left, tx.roll_back_now()).await,
+    }
+}
+
 /// An attempt that failed: as the wire has it, and as the closure does.
 struct Failed<E> {
     class: Option<RetryClass>,
@@ -255,6 +270,8 @@ async fn why(tx: &Transaction<'_>) -> (Option<RetryClass>, Option<Error>) {
 
 fn class_of_fault(fault: &Fault) -> Option<RetryClass> {
     match fault {
+        // Whatever it was ended for, as for being idle in a transaction: the connection is lost.
+        Fault::Server(error) if error.is_fatal() => Some(RetryClass::ConnectionLost),
         Fault::Server(error) => class_of(error),
         Fault::Abandoned | Fault::Halfway => None,
     }
