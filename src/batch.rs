@@ -177,7 +177,7 @@ impl Session {
     /// # Ok(()) }
     /// ```
     ///
-    /// It is never retried, because the iterator is used up; where that matters, call [the
+    /// It is never retried, because the iterator is used up, and has no deadline; where that matters, call [the
     /// transaction's](Transaction::execute_many) inside [`transaction`](Self::transaction).
     ///
     /// # Errors

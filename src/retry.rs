@@ -11,7 +11,7 @@ use std::time::Duration;
 /// | `0A000` from `RevalidateCachedQuery`, `26000` | [`StaleStatement`](Self::StaleStatement) | retried | a cached statement outlived a change of schema; it is prepared afresh |
 /// | `55P03` lock_not_available | [`LockNotAvailable`](Self::LockNotAvailable) | not retried | `NOWAIT` and `lock_timeout` are often meant as an answer |
 /// | `23505`, `23P01` | [`KeyConflict`](Self::KeyConflict) | not retried | can be a lasting error; useful where keys are chosen by reading first |
-/// | `57P01`, `57P02`, `57P03`, class `08`, a closed connection | [`ConnectionLost`](Self::ConnectionLost) | not retried | safe in the database before COMMIT, but the closure's other effects are run twice |
+/// | `57P01`, `57P02`, `57P03`, class `08` but for `08P01`, whatever else the server ends a session with, a closed connection | [`ConnectionLost`](Self::ConnectionLost) | not retried | safe in the database before COMMIT, but the closure's other effects are run twice |
 /// | `25006` read_only_sql_transaction | [`ReadOnlyServer`](Self::ReadOnlyServer) | not retried | after a failover, on a fresh connection |
 /// | `40003`, `08007`, and no answer to COMMIT | – | never | may have been committed |
 /// | `25P02` | – | never by itself | only a symptom; the first error decides |

@@ -2,12 +2,11 @@
 #![cfg(feature = "testing")]
 mod common;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use common::middle::{At, Direction, Middle, Then};
-use common::{Database, until_returned, within};
+use common::{Database, within};
 use pg_session::{Error, RetryClass, RetryPolicy, SessionManager, TransactionOptions};
 
 fn ms(n: u64) -> Duration {

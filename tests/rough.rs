@@ -581,3 +581,51 @@ async fn sessions_many(db: &Database, o: TransactionOptions) -> Result<(), Error
 
 #[allow(dead_code)]
 type Unused = Bytes;
+
+/// README: "a panic rolls back and closes the connection"; Error::StatementAbandoned: "the transaction was rolled back".
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_told_rolled_back_after_a_panic_holds_no_lock() {
+    let db = Database::new().await;
+    db.run("CREATE TABLE t (id int, x text)").await;
+    let sessions = db.single();
+    for how in 0..3 {
+        let mut session = within(sessions.acquire()).await.unwrap();
+        let pid = session.process_id();
+        let it = (0..3000).map(|i| {
+            assert!(i != 1400, "on purpose");
+            (i, "x".repeat(200))
+        });
+        let body = async |tx: &mut pg_session::Transaction<'_>| {
+            tx.execute("INSERT INTO t VALUES (-1, '')", &[]).await?;
+            let caught = match how {
+                0 => AssertUnwindSafe(tx.execute_many("INSERT INTO t VALUES ($1, $2)", it.clone()))
+                    .catch_unwind()
+                    .await
+                    .is_err(),
+                _ => AssertUnwindSafe(tx.copy_rows_in("t", &["id", "x"]).send(it.clone()))
+                    .catch_unwind()
+                    .await
+                    .is_err(),
+            };
+            assert!(caught);
+            Ok::<_, Error>(())
+        };
+        let told = if how == 2 {
+            let mut tx = session.begin().await.unwrap();
+            body(&mut tx).await.unwrap();
+            within(tx.commit()).await
+        } else {
+            within(session.transaction(body)).await
+        };
+        tokio::time::sleep(ms(3000)).await;
+        let row = db.watcher.query_one("SELECT count(*), max(state), (SELECT count(*) FROM pg_locks WHERE pid = $1 AND relation = 't'::regclass) FROM pg_stat_activity WHERE pid = $1", &[&pid]).await.unwrap();
+        println!(
+            "{how}: told {told:?}; 3 s later the backend: {} {:?}, {} locks",
+            row.get::<_, i64>(0),
+            row.get::<_, Option<String>>(1),
+            row.get::<_, i64>(2)
+        );
+        assert_eq!(row.get::<_, i64>(2), 0, "told {told:?}, and its transaction is still open");
+        drop(session);
+    }
+}

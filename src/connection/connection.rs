@@ -411,7 +411,8 @@ impl Connection {
     /// The transaction was dropped in the middle: roll it back in the background. If its COMMIT is under way, that is seen
     /// to its end, and `aftermath` told of it.
     pub(crate) fn give_up_transaction(&self, aftermath: impl FnOnce(&BlockFacts) + Send + 'static) {
-        if std::thread::panicking() {
+        // A COMMIT that is under way is seen to its end all the same.
+        if std::thread::panicking() && !self.shell.core().is_ending() {
             if self.has_begun() {
                 self.shell.cut(PANICKED);
             }
@@ -448,7 +449,7 @@ impl Connection {
 impl Connection {
     /// What to do with the connection now that its session ends.
     pub(crate) fn verdict(&self) -> Verdict {
-        if std::thread::panicking() {
+        if std::thread::panicking() && !self.shell.core().is_ending() {
             return Verdict::Close(PANICKED);
         }
         let wire = self.wire();

@@ -107,6 +107,14 @@ impl<'a> Request<'a> {
         }
     }
 
+    /// What a COPY has failed for that was told of it before.
+    pub(super) fn why_over(&self) -> Error {
+        match self.connection.wire().error_since(self.errors) {
+            Some(e) => Error::Aborted(Box::new((*e).clone())),
+            None => self.connection.shell.lost("the COPY has failed before"),
+        }
+    }
+
     /// The rest of its answer, to be waited for.
     pub(super) fn answer(&self) -> impl Future<Output = ()> + Send + use<'a> {
         let (number, wire) = (self.number, &self.connection.shell.wire);
@@ -318,7 +326,7 @@ impl<'a> Request<'a> {
         let shell = &self.connection.shell;
         // Whatever it did or did not do, nobody knows.
         shell.wire.note(Fault::Abandoned);
-        if std::thread::panicking() {
+        if std::thread::panicking() && !shell.core().is_ending() {
             // A panic in a parameter's `ToSql` leaves half a message in the driver's buffer. Nobody may wait for what is open.
             shell.cut(PANICKED);
             return;

@@ -201,7 +201,7 @@ impl<'a> CopyIn<'a> {
     /// Dropped, the COPY was carried out or not.
     pub async fn finish(mut self) -> Result<u64, Error> {
         poll_fn(|cx| Pin::new(&mut self).poll_close(cx)).await?;
-        self.rows.ok_or_else(|| Error::config("the COPY has failed; what was wrong was told before"))
+        self.rows.ok_or_else(|| self.work.request.why_over())
     }
 }
 
@@ -226,7 +226,7 @@ impl Sink<Bytes> for CopyIn<'_> {
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let this = self.get_mut();
         if this.work.is_over() {
-            return Poll::Ready(Ok(()));
+            return Poll::Ready(if this.rows.is_some() { Ok(()) } else { Err(this.work.request.why_over()) });
         }
         if !this.work.is_ending() {
             match ready!(this.sink.as_mut().poll_finish(cx)) {
