@@ -153,7 +153,11 @@ impl Session {
     /// The driver's own client, for libraries that want it. Waits until nothing is under way on this session.
     ///
     /// What it is used for is not seen, so the session counts as dirty when it returns: it is rolled back and reset. Its
-    /// transactions have none of the safety of [`transaction`](Self::transaction).
+    /// transactions have none of the safety of [`transaction`](Self::transaction). The next statement of this session first
+    /// drains what it has under way (one round trip more).
+    ///
+    /// Its `cancel_token()` knows no address, since the connection was dialled here: `cancel_query` fails, and
+    /// `cancel_query_raw` over a socket of one's own works.
     ///
     /// # Errors
     ///
