@@ -440,7 +440,8 @@ impl Connection {
 
     /// Forgets the faults since `mark`, which ROLLBACK TO SAVEPOINT undoes; those still to come too.
     pub(crate) fn forgive(&self, mark: usize) {
-        self.shell.core().forgive_later(mark);
+        let mut core = self.shell.core();
+        core.forgive_later(mark);
         self.wire().forgive(mark);
     }
 }

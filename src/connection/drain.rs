@@ -48,7 +48,7 @@ impl Drop for Draining {
     }
 }
 
-async fn drain(mut draining: Draining, client: Arc<ClientWrapper>) {
+async fn drain(mut draining: Draining, mut client: Arc<ClientWrapper>) {
     let shell = &draining.shell;
     // While others wait for answers of their own, the clock does not run.
     let mut clock = Clock { limit: shell.config.cleanup_timeout, since: None };
@@ -56,36 +56,46 @@ async fn drain(mut draining: Draining, client: Arc<ClientWrapper>) {
         if let Err(reason) = quiesce(shell, &client, &mut clock).await {
             break Err(reason);
         }
-        let next = shell.core().drained(shell.wire.sent(), shell.wire.status());
-        match next {
-            Drained::Done(forgive) => {
-                shell.wire.set_raw(false);
-                let mut core = shell.core();
-                if core.block() == Block::None {
-                    // Nobody's: what it was meant for is gone.
-                    shell.take_back(&mut core);
-                }
-                drop(core);
-                if let Some(mark) = forgive {
-                    shell.wire.forgive(mark);
-                }
-                break Ok(());
-            }
-            Drained::RollBack => {
-                if let Err(reason) = roll_back(shell, &client, &mut clock).await {
-                    break Err(reason);
-                }
-            }
+        client = match at_rest(shell, client) {
+            Ok(tell) => break Ok(tell),
+            Err(client) => client,
+        };
+        if let Err(reason) = roll_back(shell, &client, &mut clock).await {
+            break Err(reason);
         }
     };
-    if let Err(reason) = result {
-        shell.lose(reason);
-        shell.driver.abort();
+    match result {
+        Ok(tell) => tell(),
+        Err(reason) => {
+            shell.lose(reason);
+            shell.driver.abort();
+            shell.conclude_aftermath()();
+        }
     }
-    shell.conclude_aftermath();
-    // Before anyone is told: whoever waits may want the client to itself.
-    drop(client);
     draining.done = true;
+}
+
+/// Everything that was sent is answered. What was left behind is cleared away before the lock is let go of, for that is
+/// when the connection is granted again: to somebody who starts a transaction's record anew, or wants the client to
+/// itself. Returns whom to tell then, or the client if there is something to roll back first.
+fn at_rest(
+    shell: &Shell,
+    client: Arc<ClientWrapper>,
+) -> Result<impl FnOnce() + Send + use<>, Arc<ClientWrapper>> {
+    let mut core = shell.core();
+    let Drained::Done(forgive) = core.drained(shell.wire.sent(), shell.wire.status()) else {
+        return Err(client);
+    };
+    shell.wire.set_raw(false);
+    if core.block() == Block::None {
+        // Nobody's: what it was meant for is gone.
+        shell.take_back(&mut core);
+    }
+    if let Some(mark) = forgive {
+        shell.wire.forgive(mark);
+    }
+    drop(client);
+    Ok(shell.conclude_aftermath())
 }
 
 /// Runs only while nobody waits for the server.

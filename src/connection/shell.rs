@@ -277,13 +277,17 @@ impl Shell {
         *self.aftermath() = Some(aftermath);
     }
 
-    /// Nothing more will be known of the transaction that was given up.
-    pub(super) fn conclude_aftermath(&self) {
-        let aftermath = self.aftermath().take();
-        if let Some(aftermath) = aftermath {
+    /// Nothing more will be known of the transaction that was given up: its record is over. What is returned tells.
+    pub(super) fn conclude_aftermath(&self) -> impl FnOnce() + Send + use<> {
+        let told = self.aftermath().take().map(|aftermath| {
             let facts = self.wire.facts();
             self.wire.stop_recording();
-            aftermath(&facts);
+            move || aftermath(&facts)
+        });
+        move || {
+            if let Some(tell) = told {
+                tell();
+            }
         }
     }
 
