@@ -64,6 +64,7 @@ async fn transactions_and_acquires_have_spans_with_stable_names() {
     let db = Database::new().await;
     let config = db.config().max_size(1).acquire_timeout(Duration::from_millis(20));
     let sessions = SessionManager::new(config).unwrap();
+    drop(common::opened(&sessions).await);
     let secret = "hunter2";
     let options = TransactionOptions::serializable()
         .name("pay")

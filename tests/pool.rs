@@ -46,7 +46,7 @@ async fn an_exhausted_pool_says_so_with_its_numbers() {
     let db = Database::new().await;
     let config = db.config().max_size(2).acquire_timeout(SHORT);
     let sessions = SessionManager::new(config).unwrap();
-    let held = (sessions.acquire().await.unwrap(), sessions.acquire().await.unwrap());
+    let held = (common::opened(&sessions).await, common::opened(&sessions).await);
     let error = sessions.acquire().await.unwrap_err();
     assert_eq!(phase(&error), AcquirePhase::Waiting);
     assert!(error.is_timeout() && !error.is_closed());
@@ -89,7 +89,7 @@ async fn a_session_that_comes_back_goes_to_who_waits_in_order_of_arrival() {
 async fn a_waiter_that_timed_out_takes_no_place() {
     let db = Database::new().await;
     let sessions = SessionManager::new(db.config().max_size(1).acquire_timeout(SHORT)).unwrap();
-    let held = sessions.acquire().await.unwrap();
+    let held = common::opened(&sessions).await;
     for _ in 0..3 {
         sessions.acquire().await.unwrap_err();
     }
@@ -339,7 +339,7 @@ async fn a_full_server_is_tried_again_until_there_is_room() {
         hog.push(common::connect(&server.url()).await);
     }
     let config: SessionConfig = server.url().parse().unwrap();
-    let sessions = SessionManager::new(config.acquire_timeout(Duration::from_millis(200))).unwrap();
+    let sessions = SessionManager::new(config.acquire_timeout(Duration::from_secs(1))).unwrap();
     let error = within(sessions.acquire()).await.unwrap_err();
     assert_eq!(phase(&error), AcquirePhase::Connecting);
     assert_eq!(error.code().unwrap().code(), "53300", "{error}");

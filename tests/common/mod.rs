@@ -12,7 +12,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use pg_session::testing::{PgServer, TestDatabase};
-use pg_session::{SessionConfig, SessionManager};
+use pg_session::{Session, SessionConfig, SessionManager};
 
 /// No test may hang: everything is done within this.
 pub const LIMIT: Duration = Duration::from_secs(30);
@@ -79,6 +79,20 @@ impl Database {
 
     pub const BUSY: &str = "SELECT FROM pg_stat_activity WHERE datname = current_database() \
         AND pid <> pg_backend_pid() AND backend_type = 'client backend' AND state <> 'idle'";
+}
+
+/// A session, however slowly it is opened: for those whose acquire timeout is short because something else is to run
+/// into it. What is being opened goes on meanwhile.
+pub async fn opened(sessions: &SessionManager) -> Session {
+    within(async {
+        loop {
+            match sessions.acquire().await {
+                Err(e) if e.is_timeout() => {}
+                result => return result.unwrap(),
+            }
+        }
+    })
+    .await
 }
 
 /// Waits until every session is back in the pool, repaired where it has to be.
