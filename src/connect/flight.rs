@@ -33,20 +33,30 @@ pub(crate) enum Step {
 const SET_CONFIG: &str = "SELECT pg_catalog.set_config($1,$2,true)";
 
 impl Step {
+    /// Its text; with the values spelled out, where it has any.
+    fn sql(&self) -> Cow<'_, str> {
+        match self {
+            Self::RollBack => "ROLLBACK".into(),
+            Self::Begin(sql) => sql.as_ref().into(),
+            Self::Commit => "COMMIT".into(),
+            // Names are made, never taken from users; quoted all the same.
+            Self::Savepoint(number) => format!("SAVEPOINT \"pgs_{number}\"").into(),
+            Self::Release(number) => format!("RELEASE \"pgs_{number}\"").into(),
+            Self::RollBackTo(number) => format!("ROLLBACK TO \"pgs_{number}\"").into(),
+            Self::Setting(name, value) => {
+                let (name, value) = (escape_literal(name), escape_literal(value));
+                format!("SELECT pg_catalog.set_config({name},{value},true)").into()
+            }
+        }
+    }
+
     /// As messages of the extended protocol, with values as parameters. Unnamed: a pooler would not know our names.
     fn write(&self, out: &mut BytesMut) -> io::Result<()> {
         match self {
-            Self::RollBack => run("ROLLBACK", out),
             Self::Begin(sql) if sql == "BEGIN" => {
                 out.put_slice(BEGIN);
                 Ok(())
             }
-            Self::Begin(sql) => run(sql, out),
-            Self::Commit => run("COMMIT", out),
-            // Names are made, never taken from users; quoted all the same.
-            Self::Savepoint(depth) => run(&format!("SAVEPOINT \"pgs_{depth}\""), out),
-            Self::Release(depth) => run(&format!("RELEASE \"pgs_{depth}\""), out),
-            Self::RollBackTo(depth) => run(&format!("ROLLBACK TO \"pgs_{depth}\""), out),
             Self::Setting(name, value) => {
                 frontend::parse("", SET_CONFIG, [Type::TEXT.oid(); 2], out)?;
                 let values = [&**name, &**value];
@@ -60,24 +70,8 @@ impl Step {
                 })?;
                 frontend::execute("", 0, out)
             }
+            _ => run(&self.sql(), out),
         }
-    }
-
-    /// As SQL, for a simple query.
-    fn push_to(&self, sql: &mut String) {
-        match self {
-            Self::RollBack => sql.push_str("ROLLBACK"),
-            Self::Begin(begin) => sql.push_str(begin),
-            Self::Commit => sql.push_str("COMMIT"),
-            Self::Savepoint(depth) => sql.push_str(&format!("SAVEPOINT \"pgs_{depth}\"")),
-            Self::Release(depth) => sql.push_str(&format!("RELEASE \"pgs_{depth}\"")),
-            Self::RollBackTo(depth) => sql.push_str(&format!("ROLLBACK TO \"pgs_{depth}\"")),
-            Self::Setting(name, value) => {
-                let (name, value) = (escape_literal(name), escape_literal(value));
-                sql.push_str(&format!("SELECT pg_catalog.set_config({name},{value},true)"));
-            }
-        }
-        sql.push(';');
     }
 }
 
@@ -130,8 +124,18 @@ impl Flight {
             && !self.commit
     }
 
+    /// Whether BEGIN is among the steps.
+    pub(super) fn begins(&self) -> bool {
+        self.lead.iter().any(|step| matches!(step, Step::Begin(_)))
+    }
+
     pub(super) fn clear(&mut self) {
         self.lead.clear();
+        self.clear_request();
+    }
+
+    /// The steps are for another request.
+    pub(super) fn clear_request(&mut self) {
         self.kind = Kind::Statement;
         self.rows.clear();
         (self.row_count, self.requests, self.commit) = (0, 0, false);
@@ -156,11 +160,7 @@ impl Flight {
 
 /// The steps as the beginning of a simple query.
 pub(super) fn text(steps: &[Step]) -> String {
-    let mut sql = String::new();
-    for step in steps {
-        step.push_to(&mut sql);
-    }
-    sql
+    steps.iter().flat_map(|step| [step.sql(), ";".into()]).collect()
 }
 
 /// Rows for one statement, to go ahead of the driver's own request for the last one.

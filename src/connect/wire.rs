@@ -69,7 +69,19 @@ pub(super) mod happened {
     pub(in super::super) const NOTED: u32 = 1 << 16;
 
     /// What belongs to one transaction.
-    pub(in super::super) const TRANSACTION: u32 = 0x1ff | COMMIT_NEXT | LEAD_REFUSED | BEGIN_REFUSED | NOTED;
+    pub(in super::super) const TRANSACTION: u32 = RECORDING
+        | BEGUN
+        | COMMITTED
+        | COMMIT_ROLLED_BACK
+        | COMMIT_REFUSED
+        | COMMIT_SENT
+        | ENDED_BEFORE_COMMIT
+        | ENDED_BY_SQL
+        | ERRORS
+        | COMMIT_NEXT
+        | LEAD_REFUSED
+        | BEGIN_REFUSED
+        | NOTED;
 }
 use happened::*;
 
@@ -294,26 +306,22 @@ impl Wire {
 
     /// Waits until everything ahead of a COMMIT that travels with it is answered, and then for as long as COMMIT may take.
     pub(crate) async fn until_commit_is_next(&self, limit: Duration) {
-        self.watched.fetch_add(1, SeqCst);
-        let watching = Watching(self);
-        loop {
-            let mut progress = pin!(self.progress.notified());
-            progress.as_mut().enable();
-            if self.has(COMMIT_NEXT) {
-                break;
-            }
-            progress.await;
-        }
-        drop(watching);
+        self.until(|| self.has(COMMIT_NEXT)).await;
         tokio::time::sleep(limit).await;
+    }
+
+    /// Something was sent or answered.
+    #[inline]
+    fn progressed(&self) {
+        if self.watched.load(SeqCst) > 0 {
+            self.progress.notify_waiters();
+        }
     }
 
     /// COMMIT is what the server answers next.
     pub(super) fn on_commit_next(&self) {
         self.happen(COMMIT_NEXT);
-        if self.watched.load(SeqCst) > 0 {
-            self.progress.notify_waiters();
-        }
+        self.progressed();
     }
 }
 
@@ -356,12 +364,12 @@ impl Wire {
         if !self.has_next() {
             return false;
         }
-        let mut begin = false;
+        let mut begins = false;
         self.add(|next| {
-            begin = next.lead.iter().any(|step| matches!(step, Step::Begin(_)));
+            begins = next.begins();
             next.clear();
         });
-        begin
+        begins
     }
 
     /// How far BEGIN of the transaction under way has come.
@@ -381,7 +389,7 @@ impl Wire {
 
     /// Whether BEGIN of the transaction under way still waits for a request to travel with.
     pub(crate) fn holds_begin(&self) -> bool {
-        self.has_next() && lock(&self.next).lead.iter().any(|step| matches!(step, Step::Begin(_)))
+        self.has_next() && lock(&self.next).begins()
     }
 
     #[inline]
@@ -397,10 +405,11 @@ impl Wire {
         let mut sql = String::new();
         if self.has_next() {
             self.add(|next| {
-                let begins = next.lead.iter().any(|step| matches!(step, Step::Begin(_)));
-                next.kind = if begins { Kind::Text } else { Kind::AheadOfText };
-                if begins {
+                if next.begins() {
+                    next.kind = Kind::Text;
                     sql = flight::text(&next.lead);
+                } else {
+                    next.kind = Kind::AheadOfText;
                 }
             });
         }
@@ -410,11 +419,7 @@ impl Wire {
     /// The next request was not made: what is to travel waits for another.
     pub(crate) fn expect_nothing(&self) {
         if self.has_next() {
-            self.add(|next| {
-                next.kind = Kind::Statement;
-                next.rows.clear();
-                (next.row_count, next.requests, next.commit) = (0, 0, false);
-            });
+            self.add(Flight::clear_request);
         }
     }
 
@@ -592,17 +597,13 @@ impl Wire {
     #[inline]
     pub(super) fn on_sent(&self, requests: u64) {
         self.sent.store(self.sent.load(Relaxed) + requests, SeqCst);
-        if self.watched.load(SeqCst) > 0 {
-            self.progress.notify_waiters();
-        }
+        self.progressed();
     }
 
     #[inline]
     pub(super) fn on_answered(&self, requests: u64) {
         self.answered.store(self.answered.load(Relaxed) + requests, SeqCst);
-        if self.watched.load(SeqCst) > 0 {
-            self.progress.notify_waiters();
-        }
+        self.progressed();
     }
 
     /// A ReadyForQuery, before it is counted as an answer. `rolled_back` if a ROLLBACK of SQL's own was answered in front

@@ -16,9 +16,9 @@ use super::request::{Failure, Request};
 use super::shell::{CLOSED, PANICKED, STALLED, STOPPED, Shell};
 use super::{drain, reset};
 use crate::config::Reset;
-use crate::connect::{BlockFacts, Step, TransactionStatus, Wire};
+use crate::connect::{BlockFacts, Fault, Step, TransactionStatus, Wire};
 use crate::error::Error;
-use crate::statements::{Source, Statement, ToStatement, Traits};
+use crate::statements::{Source, Statement, Statements, ToStatement, Traits};
 
 /// One server connection on loan: what [`Session`](crate::Session) and [`Transaction`](crate::Transaction) dereference
 /// to, and so the type that a function takes when it does not care which of them it gets.
@@ -118,13 +118,8 @@ impl Connection {
     pub(crate) async fn ping(&self) -> Result<(), Error> {
         let mut request = self.request(Use::Shared).await?;
         let call = std::pin::pin!(self.client.check_connection());
-        match request.send(call, |_| ()).await {
-            Ok(()) => {
-                request.finish();
-                Ok(())
-            }
-            Err(failure) => Err(request.failed(failure).await),
-        }
+        let result = request.send(call, |_| ()).await;
+        request.end(result).await
     }
 
     /// The raw client, once nothing is under way. Whatever it is used for, the connection counts as dirty.
@@ -176,32 +171,21 @@ impl Connection {
         }
     }
 
-    /// Prepares `sql` for a request. It is done on the connection's own runtime, and goes on if nobody waits: what was
-    /// prepared in vain is in the cache for the next one.
+    /// Prepares `sql` for a request, and keeps it in the cache if asked to. It is done on the connection's own runtime, and
+    /// goes on if nobody waits: what was prepared in vain is in the cache for the next one.
     pub(super) async fn prepare_for(
         &self,
         request: &mut Request<'_>,
         sql: &str,
+        keep: bool,
     ) -> Result<Statement, Failure> {
-        self.prepare_all(request, &[sql], true)
+        self.prepare_all(request, &[sql], keep)
             .await?
             .pop()
             .map_or(Err(Failure::Lost(STOPPED)), |statement| statement.map_err(Failure::Driver))
     }
 
-    /// The same, for a statement that must not come from the cache the next time.
-    pub(super) async fn prepare_unkept(
-        &self,
-        request: &mut Request<'_>,
-        sql: &str,
-    ) -> Result<Statement, Failure> {
-        self.prepare_all(request, &[sql], false)
-            .await?
-            .pop()
-            .map_or(Err(Failure::Lost(STOPPED)), |statement| statement.map_err(Failure::Driver))
-    }
-
-    /// Prepares several texts in one flight, and keeps them in the cache if asked to.
+    /// The same for several texts in one flight.
     pub(super) async fn prepare_all(
         &self,
         request: &mut Request<'_>,
@@ -235,7 +219,7 @@ impl Connection {
             drop(preparing);
             statements
         };
-        let statements = self.shell.on_its_own(work).await.ok_or(Failure::Lost(STOPPED))?;
+        let statements = self.shell.runtime.spawn(work).await.map_err(|_| Failure::Lost(STOPPED))?;
         for statement in statements.iter().flatten() {
             self.note_traits(statement.traits());
         }
@@ -257,40 +241,28 @@ impl Connection {
             return Ok(statement);
         }
         let mut request = self.request(Use::Shared).await?;
-        match self.prepare_for(&mut request, sql).await {
-            Ok(statement) => {
-                request.finish();
-                Ok(statement)
-            }
-            Err(failure) => Err(request.failed(failure).await),
-        }
+        let statement = self.prepare_for(&mut request, sql, true).await;
+        request.end(statement).await
     }
 
     /// Whether a statement failed because it was prepared before the schema changed or the cache was emptied behind our
-    /// back. It is forgotten then, so that it will be prepared afresh.
-    pub(super) fn is_stale(&self, error: &tokio_postgres::Error, text: &str) -> bool {
-        let stale = self.is_stale_statement(error);
-        if stale {
-            self.shell.statements().remove(text);
-            self.client.clear_type_cache();
-        }
-        stale
-    }
-
-    /// Whether that is why a statement failed, whichever.
-    pub(super) fn is_stale_statement(&self, error: &tokio_postgres::Error) -> bool {
-        error.as_db_error().is_some_and(|e| {
+    /// back. Those that `forget` removes will be prepared afresh then.
+    pub(super) fn forget_if_stale(
+        &self,
+        error: &tokio_postgres::Error,
+        forget: impl FnOnce(&mut Statements),
+    ) -> bool {
+        let stale = error.as_db_error().is_some_and(|e| {
             is_forgotten(error)
                 || *e.code() == SqlState::FEATURE_NOT_SUPPORTED && e.routine() == Some("RevalidateCachedQuery")
                 // "cache lookup failed for type 16385": it was dropped, and perhaps made anew.
                 || *e.code() == SqlState::INTERNAL_ERROR && e.message().contains("type")
-        })
-    }
-
-    /// Has a statement prepared afresh the next time.
-    pub(super) fn forget(&self, statement: &Statement) {
-        self.shell.statements().forget(statement);
-        self.client.clear_type_cache();
+        });
+        if stale {
+            forget(&mut self.shell.statements());
+            self.client.clear_type_cache();
+        }
+        stale
     }
 }
 
@@ -327,9 +299,7 @@ impl Connection {
             }
             core.claim()
         };
-        if start {
-            drain::start(&self.shell, &self.client);
-        }
+        self.drain_if(start);
     }
 
     /// Nobody can be waiting for what is still under way: its futures were leaked, and with them what they did.
@@ -337,13 +307,11 @@ impl Connection {
         let start = {
             let mut core = self.shell.core();
             if core.is_live() {
-                self.wire().note(crate::connect::Fault::Abandoned);
+                self.wire().note(Fault::Abandoned);
             }
             core.disown()
         };
-        if start {
-            drain::start(&self.shell, &self.client);
-        }
+        self.drain_if(start);
         self.shell.settled().await
     }
 
@@ -386,7 +354,7 @@ impl Connection {
         let call = std::pin::pin!(self.client.batch_execute(&sql));
         let result = request.send(call, |_| ()).await;
         if result.is_err() {
-            request.answered().await;
+            request.answer().await;
         }
         request.finish();
         match result {
@@ -433,9 +401,7 @@ impl Connection {
             }
             start
         };
-        if start {
-            drain::start(&self.shell, &self.client);
-        }
+        self.drain_if(start);
     }
 
     /// Forgets the faults since `mark`, which ROLLBACK TO SAVEPOINT undoes; those still to come too.
@@ -448,6 +414,13 @@ impl Connection {
 
 /// How it comes to rest.
 impl Connection {
+    /// Starts to drain, if the core has said so.
+    pub(super) fn drain_if(&self, start: bool) {
+        if start {
+            drain::start(&self.shell, &self.client);
+        }
+    }
+
     /// What to do with the connection now that its session ends.
     pub(crate) fn verdict(&self) -> Verdict {
         if std::thread::panicking() && !self.shell.core().is_ending() {
@@ -489,9 +462,7 @@ impl Connection {
             }
             core.reclaim(self.is_at_rest())
         };
-        if start {
-            drain::start(shell, &self.client);
-        }
+        self.drain_if(start);
         shell.until(Core::is_settled).await;
         if let Some(reason) = shell.core().lost() {
             return Err(reason);

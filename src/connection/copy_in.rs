@@ -306,13 +306,8 @@ impl Connection {
     /// same length would be stored as what they are not.
     pub(super) async fn describe(&self, sql: &str) -> Result<Statement, Error> {
         let mut request = self.request(Use::Shared).await?;
-        match self.prepare_unkept(&mut request, sql).await {
-            Ok(statement) => {
-                request.finish();
-                Ok(statement)
-            }
-            Err(failure) => Err(request.failed(failure).await),
-        }
+        let statement = self.prepare_for(&mut request, sql, false).await;
+        request.end(statement).await
     }
 }
 

@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout};
 use tokio_postgres::Client;
 
 use super::core::{Block, Drained};
-use super::shell::{CLOSED, STALLED, STOPPED, Shell};
+use super::shell::{CLOSED, STALLED, STOPPED, Shell, is_fatal};
 use crate::connect::TransactionStatus;
 use crate::observe;
 
@@ -201,9 +201,4 @@ async fn fence(client: &Client) -> Result<(), &'static str> {
         Err(e) if e.as_db_error().is_some_and(|e| !is_fatal(e)) => Ok(()),
         Err(_) => Err(CLOSED),
     }
-}
-
-fn is_fatal(e: &tokio_postgres::error::DbError) -> bool {
-    use tokio_postgres::error::Severity;
-    matches!(e.parsed_severity(), Some(Severity::Fatal | Severity::Panic))
 }

@@ -291,12 +291,12 @@ impl Connection {
         part: BatchPart,
         statements: &[Bound],
     ) -> Error {
-        request.answered().await;
-        if self.is_stale_statement(&error) {
+        request.answer().await;
+        self.forget_if_stale(&error, |cache| {
             for bound in statements {
-                self.forget(&bound.statement);
+                cache.forget(&bound.statement);
             }
-        }
+        });
         let commit = self.wire().is_commit_refused();
         let error = request.failed(Failure::Driver(error)).await;
         // It was COMMIT that failed, and the driver's last request got to hear it.

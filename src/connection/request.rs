@@ -6,7 +6,6 @@ use std::task::{Context, Poll};
 
 use super::connection::Connection;
 use super::core::{Answer, Core, Enqueued, Refusal, Use};
-use super::drain;
 use super::shell::PANICKED;
 use crate::connect::Fault;
 use crate::error::Error;
@@ -46,7 +45,7 @@ impl Connection {
             let answer = core.ask(what, shell.wire.sent());
             if answer == Answer::Wait && core.take_in() {
                 drop(core);
-                drain::start(shell, &self.client);
+                self.drain_if(true);
             }
             answer
         };
@@ -273,10 +272,21 @@ impl<'a> Request<'a> {
         }
     }
 
+    /// Its result is known; the rest of its answer is waited for if it failed.
+    pub(super) async fn end<T>(self, result: Result<T, Failure>) -> Result<T, Error> {
+        match result {
+            Ok(value) => {
+                self.finish();
+                Ok(value)
+            }
+            Err(failure) => Err(self.failed(failure).await),
+        }
+    }
+
     /// The driver has said that it failed, which it does before the answer is complete: waits for that.
     pub(super) async fn failed(mut self, failure: Failure) -> Error {
         let outside = self.number.is_some() && self.connection.is_outside();
-        self.answered().await;
+        self.answer().await;
         self.conclude();
         match failure {
             Failure::Driver(error) => self.connection.shell.explain(error, outside),
@@ -289,11 +299,6 @@ impl<'a> Request<'a> {
                 None => self.connection.shell.lost("BEGIN was refused"),
             },
         }
-    }
-
-    /// Waits until its answer is complete.
-    pub(super) async fn answered(&self) {
-        self.answer().await;
     }
 
     /// Its answer is complete.
@@ -332,9 +337,7 @@ impl<'a> Request<'a> {
             return;
         }
         let start = shell.core().abandon(self.number);
-        if start {
-            drain::start(shell, &self.connection.client);
-        }
+        self.connection.drain_if(start);
         shell.changed();
     }
 }

@@ -208,10 +208,8 @@ impl Connection {
         let reply = self.run_bound(request, &window.last, send).await.map_err(failed)?;
         match reply.failed {
             Some(e) if !wire.is_committed() => {
-                request.answered().await;
-                if self.is_stale_statement(&e) {
-                    self.forget(statement);
-                }
+                request.answer().await;
+                self.forget_if_stale(&e, |cache| cache.forget(statement));
                 Err(failed(Failure::Driver(e)))
             }
             _ if wire.rowed().count != ahead => {

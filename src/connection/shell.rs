@@ -1,7 +1,6 @@
 //! What performs the rules of a connection: the core under a lock, and everything that it decides about.
 
 use std::fmt;
-use std::future::Future;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,7 +9,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
-use tokio_postgres::error::{Severity, SqlState};
+use tokio_postgres::error::{DbError, Severity, SqlState};
 
 use super::core::Core;
 use crate::config::SessionConfig;
@@ -240,7 +239,7 @@ impl Shell {
             return self.over(outside);
         }
         let Some(server) = error.as_db_error() else { return Error::Database(DriverError(error)) };
-        if matches!(server.parsed_severity(), Some(Severity::Fatal | Severity::Panic)) {
+        if is_fatal(server) {
             return self.over(outside);
         }
         // Only a symptom.
@@ -299,12 +298,9 @@ impl Shell {
     pub(super) fn is_retired(&self) -> bool {
         self.retired.load(Relaxed)
     }
+}
 
-    /// Waits for `work` on the connection's own runtime, where it goes on if nobody waits; nothing if that is shut down.
-    pub(super) async fn on_its_own<T: Send + 'static>(
-        &self,
-        work: impl Future<Output = T> + Send + 'static,
-    ) -> Option<T> {
-        self.runtime.spawn(work).await.ok()
-    }
+/// Whether the server ends the session with it.
+pub(super) fn is_fatal(error: &DbError) -> bool {
+    matches!(error.parsed_severity(), Some(Severity::Fatal | Severity::Panic))
 }

@@ -88,9 +88,9 @@ impl Connection {
     where
         S: ToStatement + ?Sized,
     {
-        request.answered().await;
+        request.answer().await;
         let stale = match (&failure, sql.source()) {
-            (Failure::Driver(e), Source::Text(text)) => self.is_stale(e, text),
+            (Failure::Driver(e), Source::Text(text)) => self.forget_if_stale(e, |cache| cache.remove(text)),
             _ => false,
         };
         if !stale || !self.is_outside_of_block() {
@@ -114,7 +114,7 @@ impl Connection {
     {
         match sql.source() {
             Source::Prepared(statement) => Ok(statement.clone()),
-            Source::Text(text) => self.prepare_for(request, text).await,
+            Source::Text(text) => self.prepare_for(request, text, true).await,
         }
     }
 
@@ -222,13 +222,8 @@ impl Connection {
                 _ = lead.set(text);
             }
         };
-        match request.send(call, before).await {
-            Ok(()) => {
-                request.finish();
-                Ok(())
-            }
-            Err(failure) => Err(request.failed(failure).await),
-        }
+        let result = request.send(call, before).await;
+        request.end(result).await
     }
 
     /// Runs a statement and reads its rows as they come, with bounded memory. It needs the connection for itself: until
@@ -328,7 +323,7 @@ impl Connection {
         S: ToStatement + ?Sized,
     {
         if let (Failure::Driver(e), Source::Text(text)) = (&failure, sql.source()) {
-            self.is_stale(e, text);
+            self.forget_if_stale(e, |cache| cache.remove(text));
         }
         request.failed(failure).await
     }
