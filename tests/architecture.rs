@@ -60,9 +60,14 @@ const FOLDERS: &[(&str, Files)] = &[
         &[
             ("place", &[]),
             ("frames", &[]),
-            ("flight", &[]),
+            ("named", &[]),
+            ("flight", &["named"]),
             ("wire", &["flight"]),
-            ("ledger", &["flight", "frames", "wire"]),
+            ("exchange", &["flight", "wire"]),
+            ("owed", &["exchange"]),
+            ("outgoing", &["exchange", "flight", "frames", "named", "owed", "wire"]),
+            ("incoming", &["flight", "frames", "named", "outgoing", "owed", "wire"]),
+            ("ledger", &["incoming", "named", "outgoing", "owed", "wire"]),
             ("stream", &["ledger", "wire"]),
             // These two through the folder's own door.
             ("dial", &[]),

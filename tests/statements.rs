@@ -149,6 +149,57 @@ async fn statements_that_were_deallocated_are_prepared_again() {
     }
 }
 
+/// Drops what is prepared where no command's tag tells of it.
+const DROP_UNSEEN: &str = "DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$";
+
+#[tokio::test]
+async fn begin_and_commit_are_parsed_once_on_each_connection() {
+    let db = Database::new().await;
+    let sessions = db.single();
+    let own = "SELECT count(*), min(extract(epoch FROM prepare_time)::text) FROM pg_prepared_statements \
+               WHERE statement IN ('BEGIN', 'COMMIT')";
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        sessions.transaction(async |tx| tx.execute("SELECT 1", &[]).await).await.unwrap();
+        sessions.batch().push("SELECT 1", ()).run().await.unwrap();
+        let row = sessions.acquire().await.unwrap().query_one(own, &[]).await.unwrap();
+        seen.push((row.get::<_, i64>(0), row.get::<_, String>(1)));
+    }
+    assert_eq!(seen[0].0, 2);
+    assert!(seen.iter().all(|one| *one == seen[0]), "{seen:?}");
+}
+
+#[tokio::test]
+async fn a_transaction_begins_though_what_is_prepared_was_dropped_unseen() {
+    let db = Database::new().await;
+    db.run("CREATE TABLE t (n int)").await;
+    let sessions = db.single();
+    let run = async || {
+        sessions.transaction(async |tx| tx.execute("INSERT INTO t VALUES (1)", &[]).await.map(drop)).await
+    };
+    run().await.unwrap();
+    sessions.acquire().await.unwrap().execute(DROP_UNSEEN, &[]).await.unwrap();
+    run().await.unwrap();
+    assert_eq!(db.number("SELECT count(*) FROM t").await, 2);
+}
+
+#[tokio::test]
+async fn a_batch_whose_begin_was_dropped_unseen_does_nothing_and_the_next_is_good() {
+    let db = Database::new().await;
+    db.run("CREATE TABLE t (n int)").await;
+    let sessions = db.single();
+    let run = async || sessions.batch().push("INSERT INTO t VALUES (1)", ()).run().await;
+    run().await.unwrap();
+    let session = sessions.acquire().await.unwrap();
+    session.execute(DROP_UNSEEN, &[]).await.unwrap();
+    drop(session);
+    let told = run().await;
+    let stored = 1 + i64::from(told.is_ok());
+    assert_eq!(db.number("SELECT count(*) FROM t").await, stored, "{told:?}");
+    run().await.unwrap();
+    assert_eq!(db.number("SELECT count(*) FROM t").await, stored + 1);
+}
+
 #[tokio::test]
 async fn a_statement_that_stays_stale_is_tried_once_more_and_no_more() {
     let db = Database::new().await;

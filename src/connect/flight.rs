@@ -9,10 +9,11 @@ use std::borrow::Cow;
 use std::io;
 
 use bytes::{BufMut, BytesMut};
-use postgres_protocol::IsNull;
 use postgres_protocol::escape::escape_literal;
 use postgres_protocol::message::frontend;
 use postgres_types::Type;
+
+use super::named::{self, Named};
 
 /// A statement of ours. Each is answered by one CommandComplete.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +34,10 @@ pub(crate) enum Step {
 const SET_CONFIG: &str = "SELECT pg_catalog.set_config($1,$2,true)";
 
 impl Step {
+    pub(super) fn begins(&self) -> bool {
+        matches!(self, Self::Begin(_))
+    }
+
     /// Its text; with the values spelled out, where it has any.
     fn sql(&self) -> Cow<'_, str> {
         match self {
@@ -50,39 +55,15 @@ impl Step {
         }
     }
 
-    /// As messages of the extended protocol, with values as parameters. Unnamed: a pooler would not know our names.
-    fn write(&self, out: &mut BytesMut) -> io::Result<()> {
+    /// As messages of the extended protocol, with values as parameters.
+    fn write(&self, named: &mut Named, flight: u64, out: &mut BytesMut) -> io::Result<()> {
         match self {
-            Self::Begin(sql) if sql == "BEGIN" => {
-                out.put_slice(BEGIN);
-                Ok(())
-            }
-            Self::Setting(name, value) => {
-                frontend::parse("", SET_CONFIG, [Type::TEXT.oid(); 2], out)?;
-                let values = [&**name, &**value];
-                let write = |value: &str, out: &mut BytesMut| {
-                    out.put_slice(value.as_bytes());
-                    Ok(IsNull::No)
-                };
-                frontend::bind("", "", [], values, write, [], out).map_err(|e| match e {
-                    frontend::BindError::Conversion(e) => io::Error::other(e),
-                    frontend::BindError::Serialization(e) => e,
-                })?;
-                frontend::execute("", 0, out)
-            }
-            _ => run(&self.sql(), out),
+            Self::Setting(name, value) => named.run(SET_CONFIG, &[name, value], flight, out),
+            Self::RollBack | Self::Begin(_) | Self::Commit => named.run(&self.sql(), &[], flight, out),
+            // Savepoints have a name of their own each time.
+            _ => named::run(&self.sql(), &[], out),
         }
     }
-}
-
-/// Most transactions begin so: [`run`], done beforehand.
-const BEGIN: &[u8] = b"P\0\0\0\x0d\0BEGIN\0\0\0B\0\0\0\x0c\0\0\0\0\0\0\0\0E\0\0\0\x09\0\0\0\0\0";
-
-/// Parse, Bind and Execute of a statement without parameters, all unnamed.
-fn run(sql: &str, out: &mut BytesMut) -> io::Result<()> {
-    frontend::parse("", sql, [], out)?;
-    out.put_slice(b"B\0\0\0\x0c\0\0\0\0\0\0\0\0");
-    frontend::execute("", 0, out)
 }
 
 /// How the driver's request is to be understood.
@@ -126,7 +107,7 @@ impl Flight {
 
     /// Whether BEGIN is among the steps.
     pub(super) fn begins(&self) -> bool {
-        self.lead.iter().any(|step| matches!(step, Step::Begin(_)))
+        self.lead.iter().any(Step::begins)
     }
 
     pub(super) fn clear(&mut self) {
@@ -141,11 +122,11 @@ impl Flight {
         (self.row_count, self.requests, self.commit) = (0, 0, false);
     }
 
-    /// What goes before the driver's first request.
-    pub(super) fn write_lead(&self, out: &mut BytesMut) -> io::Result<()> {
+    /// What goes before the driver's first request. `number` is that of the ReadyForQuery which ends the flight.
+    pub(super) fn write_lead(&self, named: &mut Named, number: u64, out: &mut BytesMut) -> io::Result<()> {
         if self.kind != Kind::Text {
             for step in &self.lead {
-                step.write(out)?;
+                step.write(named, number, out)?;
             }
         }
         out.put_slice(&self.rows);
@@ -153,8 +134,8 @@ impl Flight {
     }
 
     /// What goes behind its last one.
-    pub(super) fn write_end(&self, out: &mut BytesMut) -> io::Result<()> {
-        if self.commit && self.kind != Kind::Text { Step::Commit.write(out) } else { Ok(()) }
+    pub(super) fn write_end(&self, named: &mut Named, number: u64, out: &mut BytesMut) -> io::Result<()> {
+        if self.commit && self.kind != Kind::Text { Step::Commit.write(named, number, out) } else { Ok(()) }
     }
 }
 
@@ -206,24 +187,12 @@ mod tests {
     fn values_of_settings_are_parameters_in_messages_and_quoted_in_text() {
         let setting = Step::Setting("app.tenant".into(), r"O'Neil\".into());
         let mut messages = BytesMut::new();
-        setting.write(&mut messages).expect("messages");
+        setting.write(&mut Named::default(), 1, &mut messages).expect("messages");
         let has = |part: &[u8]| messages.windows(part.len()).any(|window| window == part);
         assert!(has(SET_CONFIG.as_bytes()) && has(br"O'Neil\"));
         assert_eq!(
             text(&[Step::Begin("BEGIN".into()), setting]),
             r"BEGIN;SELECT pg_catalog.set_config('app.tenant', E'O''Neil\\',true);"
         );
-    }
-
-    #[test]
-    fn a_statement_without_parameters_is_what_the_library_makes_of_it() {
-        let (mut ours, mut theirs) = (BytesMut::new(), BytesMut::new());
-        run("BEGIN", &mut ours).expect("messages");
-        frontend::parse("", "BEGIN", [], &mut theirs).expect("a message");
-        let none: [&str; 0] = [];
-        frontend::bind("", "", [], none, |_, _| Ok(IsNull::No), [], &mut theirs).ok().expect("a message");
-        frontend::execute("", 0, &mut theirs).expect("a message");
-        assert_eq!(ours, theirs);
-        assert_eq!(ours, BEGIN);
     }
 }

@@ -95,6 +95,16 @@ pub(crate) mod tests {
         frame
     }
 
+    /// The tags of the messages that these bytes are, and nothing else.
+    pub(crate) fn tags(mut bytes: &[u8]) -> Vec<u8> {
+        let mut tags = Vec::new();
+        while let Some((tag, _)) = whole(&mut bytes) {
+            tags.push(tag);
+        }
+        assert!(bytes.is_empty());
+        tags
+    }
+
     #[test]
     fn any_split_of_the_bytes_gives_the_same_frames() {
         let sent = [(b'Q', vec![b'x'; 40]), (b'S', vec![]), (b'X', vec![1])];

@@ -1,9 +1,14 @@
 //! How a connection is made, the frames that pass on it, and how a running statement is cancelled over the same path.
 
 mod dial;
+mod exchange;
 mod flight;
 mod frames;
+mod incoming;
 mod ledger;
+mod named;
+mod outgoing;
+mod owed;
 mod place;
 mod stream;
 mod wire;

@@ -663,30 +663,28 @@ impl Wire {
         }
     }
 
-    /// An error; whether it ends the connection.
-    pub(super) fn on_error(&self, body: &[u8]) -> bool {
+    pub(super) fn on_error(&self, body: &[u8]) -> Arc<ServerError> {
         let error = Arc::new(parse_error(body));
-        let fatal = error.fatal;
         self.errors.fetch_add(1, Relaxed);
         let mut record = lock(&self.record);
         record.last = Some(Arc::clone(&error));
-        if fatal {
+        if error.fatal {
             record.fatal.get_or_insert_with(|| Arc::clone(&error));
         }
         if self.has(RECORDING)
             && error.code != SqlState::IN_FAILED_SQL_TRANSACTION
             && record.faults.len() < RECORD_LIMIT
         {
-            record.faults.push(Fault::Server(error));
+            record.faults.push(Fault::Server(Arc::clone(&error)));
             self.happen(ERRORS);
         }
         drop(record);
-        if fatal {
+        if error.fatal {
             // No ReadyForQuery follows it.
             self.happen(FATAL);
             self.progress.notify_waiters();
         }
-        fatal
+        error
     }
 
     pub(super) fn on_closed(&self) {
@@ -733,12 +731,12 @@ mod tests {
     fn the_first_error_is_kept_and_its_symptom_is_not() {
         let wire = Wire::default();
         wire.record();
-        assert!(!wire.on_error(UNIQUE));
-        assert!(!wire.on_error(b"SFEHLER\0VERROR\0C25P02\0Maborted\0\0"));
+        assert!(!wire.on_error(UNIQUE).fatal);
+        wire.on_error(b"SFEHLER\0VERROR\0C25P02\0Maborted\0\0");
         assert_eq!(wire.mark(), 1);
         let Some(Fault::Server(first)) = wire.fault(0) else { panic!("an error") };
         assert_eq!((first.code().code(), first.constraint()), ("23505", Some("customers_pkey")));
-        assert!(wire.on_error(b"SFATAL\0VFATAL\0C57P01\0Mterminating\0\0"));
+        assert!(wire.on_error(b"SFATAL\0VFATAL\0C57P01\0Mterminating\0\0").fatal);
         assert_eq!(wire.fatal().map(|e| e.code().code().to_owned()).as_deref(), Some("57P01"));
         wire.stop_recording();
         assert!(wire.fault(0).is_none() && wire.is_over());
