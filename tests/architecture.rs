@@ -36,7 +36,7 @@ const HOUSE: &[(&str, &[&str])] = &[
         ],
     ),
     ("batch", &["connection", "error", "manager", "options", "record", "session", "transaction"]),
-    ("testing", &["config", "error", "manager", "sql"]),
+    ("testing", &["config", "connect", "error", "manager", "sql"]),
     ("problem", &["error", "observe"]),
     ("health", &["manager", "problem"]),
     ("lazy_session", &["error", "manager", "session"]),

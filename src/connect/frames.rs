@@ -71,11 +71,19 @@ impl Frames {
 /// Takes a frame off the front of `bytes` if all of it is there.
 #[inline]
 pub(crate) fn whole<'b>(bytes: &mut &'b [u8]) -> Option<(u8, &'b [u8])> {
-    let &[tag, a, b, c, d] = bytes.first_chunk()?;
-    let end = (u32::from_be_bytes([a, b, c, d]) as usize).saturating_add(1);
+    let end = extent(bytes, false)?;
     let body = bytes.get(5..end)?;
+    let tag = bytes[0];
     *bytes = &bytes[end..];
     Some((tag, body))
+}
+
+/// How long the frame at the front of `bytes` says it is in all, once its header is there; a client's first has no tag.
+#[inline]
+pub(crate) fn extent(bytes: &[u8], untagged: bool) -> Option<usize> {
+    let tag = usize::from(!untagged);
+    let length = bytes.get(tag..)?.first_chunk()?;
+    Some((u32::from_be_bytes(*length) as usize).saturating_add(tag))
 }
 
 #[inline]
@@ -140,5 +148,16 @@ pub(crate) mod tests {
         let mut frames = Frames::default();
         assert!(frames.take(&mut bytes).is_some_and(|piece| piece.ends && piece.body.is_empty()));
         assert!(frames.take(&mut bytes).is_some_and(|piece| !piece.ends && piece.body == [1, 2]));
+    }
+
+    #[test]
+    fn the_extent_of_a_frame_is_known_as_soon_as_its_header_is_there() {
+        let sent = frame(b'Q', b"SELECT 1\0");
+        assert_eq!(extent(&sent[..4], false), None);
+        assert_eq!(extent(&sent[..5], false), Some(sent.len()));
+        assert_eq!(extent(&sent[1..4], true), None);
+        assert_eq!(extent(&sent[1..5], true), Some(sent.len() - 1));
+        let mut rest: &[u8] = &sent[..sent.len() - 1];
+        assert_eq!(whole(&mut rest), None);
     }
 }

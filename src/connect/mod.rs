@@ -15,6 +15,8 @@ mod wire;
 
 pub(crate) use dial::{Route, dial};
 pub(crate) use flight::{Kind, Rows, Step};
+#[cfg(feature = "testing")]
+pub(crate) use frames::extent;
 pub(crate) use place::{Place, Places};
 pub(crate) use stream::Observed;
 pub(crate) use wire::{Begin, BlockFacts, Fault, TransactionStatus, Wire};

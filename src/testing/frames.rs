@@ -5,6 +5,8 @@ use std::io;
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 
+use crate::connect::extent;
+
 /// How much is kept for a peer that does not read, or read ahead from one that is not listened to.
 const ROOM: usize = 256 * 1024;
 
@@ -53,27 +55,25 @@ impl Peer {
         Self { read, write, inbox: BytesMut::new(), outbox: BytesMut::new(), ended: false }
     }
 
-    /// The length of the first frame, whose tag is so many bytes long, if all of it is here.
-    fn complete(&self, tag: usize) -> io::Result<Option<usize>> {
-        let Some(length) = self.inbox.get(tag..).and_then(|rest| rest.first_chunk::<4>()) else {
-            return Ok(None);
-        };
-        let length = u32::from_be_bytes(*length) as usize;
-        if !(4..=FRAME_MAX).contains(&length) {
+    /// The length of the first frame, if all of it is here; a client's first has no tag.
+    fn complete(&self, untagged: bool) -> io::Result<Option<usize>> {
+        let Some(extent) = extent(&self.inbox, untagged) else { return Ok(None) };
+        let header = if untagged { 4 } else { 5 };
+        if !(header..=FRAME_MAX).contains(&extent) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a frame of an impossible length"));
         }
-        Ok((self.inbox.len() >= tag + length).then_some(tag + length))
+        Ok((self.inbox.len() >= extent).then_some(extent))
     }
 
     /// Takes the next frame that has come whole.
     pub(super) fn pop(&mut self) -> io::Result<Option<Frame>> {
-        let length = self.complete(1)?;
+        let length = self.complete(false)?;
         Ok(length.map(|length| Frame(self.inbox.split_to(length).freeze())))
     }
 
     /// Takes the first message of a client, which has no tag, with its length.
     pub(super) fn pop_startup(&mut self) -> io::Result<Option<Bytes>> {
-        let length = self.complete(0)?;
+        let length = self.complete(true)?;
         Ok(length.map(|length| self.inbox.split_to(length).freeze()))
     }
 
@@ -116,7 +116,7 @@ impl Peer {
     ///
     /// Reads no more than there is room for, except to complete a frame.
     pub(super) async fn step(&mut self, read: bool) -> io::Result<()> {
-        let read = read && !self.ended && (self.inbox.len() < ROOM || self.complete(1)?.is_none());
+        let read = read && !self.ended && (self.inbox.len() < ROOM || self.complete(false)?.is_none());
         if read {
             self.inbox.reserve(READ);
         }
@@ -257,6 +257,23 @@ mod tests {
             assert_eq!(tags, [(b'Q', 9), (b'S', 0)]);
         };
         tokio::join!(write, read);
+    }
+
+    #[test]
+    fn a_frame_of_a_length_that_nobody_sends_is_an_error() {
+        let received = |bytes: &[u8]| {
+            let mut peer = Peer::new(Box::new(tokio::io::empty()));
+            peer.receive(&mut BytesMut::from(bytes));
+            peer
+        };
+        for length in [0, 3, u32::MAX, 1 << 31] {
+            let length = length.to_be_bytes();
+            let tagged = [b"Q", &length[..]].concat();
+            assert!(received(&tagged).pop().is_err(), "{length:?}");
+            assert!(received(&length).pop_startup().is_err(), "{length:?}");
+        }
+        assert!(received(&[b'S', 0, 0, 0, 4]).pop().is_ok_and(|frame| frame.is_some()));
+        assert!(received(&[0, 0, 0, 4]).pop_startup().is_ok_and(|message| message.is_some()));
     }
 
     #[test]

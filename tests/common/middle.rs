@@ -5,11 +5,15 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use pg_session::SessionConfig;
 use pg_session::testing::PgServer;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc, oneshot};
+
+use super::Database;
+use super::frames::{Frame, Frames, message};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
@@ -110,6 +114,11 @@ impl Middle {
         format!("postgres://postgres@{}/{database}", self.address)
     }
 
+    /// A database's configuration, by way of the middle.
+    pub fn config(&self, database: &Database) -> SessionConfig {
+        self.url(database.database.name()).parse().expect("a URL")
+    }
+
     /// Counts from zero, and stops once.
     pub fn arm(&mut self, direction: Direction, at: At) {
         while self.stops.try_recv().is_ok() {} // what nobody answered passes
@@ -203,55 +212,49 @@ async fn pump(
     pid: &AtomicI32,
     shared: &Shared,
 ) -> End {
-    let mut opening = direction == Direction::ToServer;
-    let mut buffer = Vec::new();
+    let mut frames = if direction == Direction::ToServer { Frames::of_client() } else { Frames::default() };
     let mut chunk = vec![0; 65536];
     // Nothing is passed any more: stalled, or the other side takes nothing.
     let mut deaf = false;
     loop {
         let mut out = Vec::new();
-        let mut taken = 0;
-        while let Some(length) = complete(&buffer[taken..], opening) {
-            let message = &buffer[taken..taken + length];
-            taken += length;
+        while let Some(frame) = frames.take() {
             // The first message of a client has no tag; a request to cancel is a message of 16 bytes.
-            let untagged = std::mem::take(&mut opening);
-            if untagged && message.len() != 16 {
-                out.extend_from_slice(message);
+            if !frame.has_tag() && frame.bytes().len() != 16 {
+                out.extend_from_slice(frame.bytes());
                 continue;
             }
-            if direction == Direction::ToClient && message[0] == b'K' {
-                pid.store(i32::from_be_bytes(message[5..9].try_into().unwrap()), SeqCst);
+            if direction == Direction::ToClient && frame.tag() == b'K' {
+                pid.store(i32::from_be_bytes(frame.body()[..4].try_into().unwrap()), SeqCst);
                 shared.last_pid.store(pid.load(SeqCst), SeqCst);
             }
-            let Some(at) = shared.met(direction, message) else {
-                out.extend_from_slice(message);
+            let Some(at) = shared.met(direction, &frame) else {
+                out.extend_from_slice(frame.bytes());
                 continue;
             };
-            out.extend_from_slice(&message[..at]);
+            let (passed, held) = frame.bytes().split_at(at);
+            out.extend_from_slice(passed);
             deaf |= !out.is_empty() && to.write_all(&out).await.is_err();
             out.clear();
             match ask(pid, shared).await {
-                Then::Pass => out.extend_from_slice(&message[at..]),
+                Then::Pass => out.extend_from_slice(held),
                 Then::Fin => return End::Fin,
                 Then::Rst => return End::Rst,
                 Then::Stall => deaf = true,
-                Then::Refuse if untagged => out.extend_from_slice(&message[at..]),
-                Then::Refuse => out.extend(refused(message)),
+                Then::Refuse if !frame.has_tag() => out.extend_from_slice(held),
+                Then::Refuse => out.extend(refused(&frame)),
                 Then::PassTogether => {
-                    out.extend_from_slice(&message[at..]);
-                    out.extend_from_slice(&buffer[taken..]);
-                    taken = buffer.len();
+                    out.extend_from_slice(held);
+                    out.extend_from_slice(&frames.take_rest());
                     let _ = from.read_to_end(&mut out).await;
                 }
             }
         }
-        buffer.drain(..taken);
         if !deaf && !out.is_empty() {
             deaf |= to.write_all(&out).await.is_err();
         }
         match from.read(&mut chunk).await {
-            Ok(n @ 1..) => buffer.extend_from_slice(&chunk[..n]),
+            Ok(n @ 1..) => frames.feed(&chunk[..n]),
             _ if direction == Direction::ToServer => return End::Fin,
             _ => {
                 if !shared.withhold_fin.load(SeqCst) {
@@ -264,26 +267,19 @@ async fn pump(
     }
 }
 
-/// The length of the first message, if all of it is there.
-fn complete(buffer: &[u8], opening: bool) -> Option<usize> {
-    let tag = usize::from(!opening);
-    let length = u32::from_be_bytes(buffer.get(tag..tag + 4)?.try_into().unwrap());
-    let length = tag + length as usize;
-    (buffer.len() >= length).then_some(length)
-}
-
 impl Shared {
     /// How much of this message is passed before the stop, if it is here.
-    fn met(&self, direction: Direction, message: &[u8]) -> Option<usize> {
+    fn met(&self, direction: Direction, message: &Frame) -> Option<usize> {
+        let length = message.bytes().len();
         let mut armed = self.armed.lock().unwrap();
         let number = self.messages[direction as usize].fetch_add(1, SeqCst);
-        let before = self.bytes[direction as usize].fetch_add(message.len(), SeqCst);
+        let before = self.bytes[direction as usize].fetch_add(length, SeqCst);
         let (_, at) = armed.as_ref().filter(|(armed, _)| *armed == direction)?;
         let at = match at {
             At::Before(n) => (*n == number).then_some(0),
-            At::After(n) => (*n == number).then_some(message.len()),
-            At::Byte(n) => (before..before + message.len()).contains(n).then(|| n - before),
-            At::Like(like) => like(message[0], &message[5..]).then_some(0),
+            At::After(n) => (*n == number).then_some(length),
+            At::Byte(n) => (before..before + length).contains(n).then(|| n - before),
+            At::Like(like) => like(message.tag(), message.body()).then_some(0),
         }?;
         *armed = None;
         Some(at)
@@ -298,25 +294,18 @@ async fn ask(pid: &AtomicI32, shared: &Shared) -> Then {
     answer.await.unwrap_or(Then::Pass)
 }
 
-pub fn message(tag: u8, body: &[u8]) -> Vec<u8> {
-    let mut message = vec![tag];
-    message.extend((body.len() as u32 + 4).to_be_bytes());
-    message.extend_from_slice(body);
-    message
-}
-
 /// The message, made such that the server refuses it.
-fn refused(original: &[u8]) -> Vec<u8> {
-    match original[0] {
+fn refused(original: &Frame) -> Vec<u8> {
+    match original.tag() {
         b'Q' => {
             let mut body = b"DO $$ BEGIN RAISE SQLSTATE '57014'; END $$;".to_vec();
-            body.extend_from_slice(&original[5..]);
+            body.extend_from_slice(original.body());
             message(b'Q', &body)
         }
-        b'd' | b'c' => [&message(b'f', b"refused by a test\0")[..], original].concat(),
+        b'd' | b'c' => [&message(b'f', b"refused by a test\0")[..], original.bytes()].concat(),
         b'P' | b'B' | b'D' | b'E' | b'C' | b'H' | b'S' => {
-            [&message(b'P', b"\0refused by a test\0\0\0")[..], original].concat()
+            [&message(b'P', b"\0refused by a test\0\0\0")[..], original.bytes()].concat()
         }
-        _ => original.to_vec(),
+        _ => original.bytes().to_vec(),
     }
 }

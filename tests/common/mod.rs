@@ -1,6 +1,7 @@
 //! What the tests share: a server for each test binary, a database for each test, and ways to wait that are not sleep.
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "every test binary uses a part of it")]
 
+pub mod frames;
 pub mod middle;
 pub mod proxy;
 pub mod raw;

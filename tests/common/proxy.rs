@@ -4,10 +4,14 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
+use pg_session::SessionConfig;
 use pg_session::testing::PgServer;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
+
+use super::Database;
+use super::frames::Frames;
 
 /// What to do at a COMMIT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +72,11 @@ impl Proxy {
         format!("postgres://postgres@{}/{database}", self.address)
     }
 
+    /// A database's configuration, by way of the proxy.
+    pub fn config(&self, database: &Database) -> SessionConfig {
+        self.url(database.database.name()).parse().expect("a URL")
+    }
+
     /// How many times the client has sent something after everything before it was answered.
     pub fn flights(&self) -> usize {
         self.shared.flights.load(SeqCst)
@@ -106,7 +115,7 @@ async fn serve(mut client: TcpStream, port: u16, shared: Arc<Shared>) {
         let (mut from_client, mut from_server) = ([0; 65536], [0; 65536]);
         // Requests whose ReadyForQuery has not come; start-up counts as one.
         let mut open: i64 = 1;
-        let mut requests = Frames::startup();
+        let mut requests = Frames::of_client();
         let mut answers = Frames::default();
         let mut swallow = false;
         let mut cut_after = false;
@@ -118,16 +127,17 @@ async fn serve(mut client: TcpStream, port: u16, shared: Arc<Shared>) {
                     let bytes = &from_client[..n];
                     let mut commit = false;
                     let before = open;
-                    requests.feed(bytes, |tag, body| {
+                    requests.feed(bytes);
+                    while let Some(request) = requests.take() {
                         // Everything that ends in a ReadyForQuery.
-                        open += i64::from(matches!(tag, b'Q' | b'S'));
+                        open += i64::from(matches!(request.tag(), b'Q' | b'S'));
                         // Alone or behind the statements of its flight, in either protocol.
-                        commit |= match tag {
-                            b'Q' => body.ends_with(b"COMMIT\0"),
-                            b'P' => body.starts_with(b"\0COMMIT\0"),
+                        commit |= match request.tag() {
+                            b'Q' => request.body().ends_with(b"COMMIT\0"),
+                            b'P' => request.body().starts_with(b"\0COMMIT\0"),
                             _ => false,
                         };
-                    });
+                    }
                     if before <= 0 && open > 0 {
                         shared.flights.fetch_add(1, SeqCst);
                     }
@@ -146,15 +156,15 @@ async fn serve(mut client: TcpStream, port: u16, shared: Arc<Shared>) {
                     let mut bytes = Vec::with_capacity(n);
                     // From the answer to COMMIT on, nothing is passed.
                     let mut committed = false;
-                    answers.feed(&from_server[..n], |tag, body| {
-                        open -= i64::from(tag == b'Z');
-                        committed |= (cut_after || swallow) && tag == b'C' && body == b"COMMIT\0";
+                    answers.feed(&from_server[..n]);
+                    while let Some(answer) = answers.take() {
+                        open -= i64::from(answer.tag() == b'Z');
+                        let is_commit = answer.tag() == b'C' && answer.body() == b"COMMIT\0";
+                        committed |= (cut_after || swallow) && is_commit;
                         if !committed && !swallowed {
-                            bytes.push(tag);
-                            bytes.extend((body.len() as u32 + 4).to_be_bytes());
-                            bytes.extend(body);
+                            bytes.extend_from_slice(answer.bytes());
                         }
-                    });
+                    }
                     if client.write_all(&bytes).await.is_err() || committed && cut_after { return }
                     swallowed |= committed;
                 }
@@ -164,35 +174,5 @@ async fn serve(mut client: TcpStream, port: u16, shared: Arc<Shared>) {
     tokio::select! {
         () = relay => {}
         () = cut => {}
-    }
-}
-
-/// Collects bytes into frames.
-#[derive(Default)]
-struct Frames {
-    buffer: Vec<u8>,
-    startup: bool,
-}
-
-impl Frames {
-    /// The first message of a client has no tag.
-    fn startup() -> Self {
-        Self { buffer: Vec::new(), startup: true }
-    }
-
-    fn feed(&mut self, bytes: &[u8], mut on: impl FnMut(u8, &[u8])) {
-        self.buffer.extend_from_slice(bytes);
-        loop {
-            let tag = usize::from(!self.startup);
-            let Some(length) = self.buffer.get(tag..tag + 4) else { return };
-            let end = tag + u32::from_be_bytes(length.try_into().unwrap()) as usize;
-            if self.buffer.len() < end {
-                return;
-            }
-            let frame: Vec<u8> = self.buffer.drain(..end).collect();
-            if !std::mem::take(&mut self.startup) {
-                on(frame[0], &frame[5..]);
-            }
-        }
     }
 }

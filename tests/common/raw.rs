@@ -2,42 +2,48 @@
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use super::frames::{Frames, message, untagged};
 use super::{Database, within};
 
 /// The tag and the body of a message, of either side.
 pub type Message = (u8, Vec<u8>);
 
 /// A client that speaks the protocol by hand, where the driver would choose for itself.
-pub struct Raw(tokio::net::TcpStream);
+pub struct Raw {
+    stream: tokio::net::TcpStream,
+    frames: Frames,
+}
 
 impl Raw {
     pub async fn connect(url: &str, database: &Database) -> Self {
         let address = url.split(['@', '/']).nth(3).expect("an address");
         let mut stream = tokio::net::TcpStream::connect(address).await.expect("a socket");
-        let parameters = format!("user\0postgres\0database\0{}\0\0", database.database.name());
-        let length = i32::try_from(parameters.len() + 8).expect("short");
-        stream
-            .write_all(&[&length.to_be_bytes(), &196_608i32.to_be_bytes(), parameters.as_bytes()].concat())
-            .await
-            .unwrap();
-        let mut raw = Self(stream);
+        // Version 3.0.
+        let mut opening = 196_608i32.to_be_bytes().to_vec();
+        opening.extend(format!("user\0postgres\0database\0{}\0\0", database.database.name()).bytes());
+        stream.write_all(&untagged(&opening)).await.unwrap();
+        let mut raw = Self { stream, frames: Frames::default() };
         raw.until(b'Z').await;
         raw
     }
 
     pub async fn send(&mut self, messages: &[(u8, &[u8])]) {
         for (tag, body) in messages {
-            let length = i32::try_from(body.len() + 4).expect("short");
-            self.0.write_all(&[&[*tag][..], &length.to_be_bytes(), body].concat()).await.unwrap();
+            self.stream.write_all(&message(*tag, body)).await.unwrap();
         }
     }
 
     async fn next(&mut self) -> std::io::Result<Message> {
-        let tag = self.0.read_u8().await?;
-        let length = self.0.read_i32().await?;
-        let mut body = vec![0; usize::try_from(length).expect("a length") - 4];
-        self.0.read_exact(&mut body).await?;
-        Ok((tag, body))
+        let mut chunk = [0; 16384];
+        loop {
+            if let Some(frame) = self.frames.take() {
+                return Ok((frame.tag(), frame.body().to_vec()));
+            }
+            match self.stream.read(&mut chunk).await? {
+                0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                n => self.frames.feed(&chunk[..n]),
+            }
+        }
     }
 
     /// The tags and bodies up to one of this tag.
