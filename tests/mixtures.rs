@@ -1,27 +1,18 @@
 //! Savepoints, batches, panics and given-up statements, mixed.
 #![cfg(feature = "testing")]
-#![allow(clippy::mem_forget, reason = "what is leaked is what is tested")]
 
 mod common;
 
-use std::future::Future;
-
-use common::{Database, polls, within};
+use common::table::Table;
+use common::{leaked, polls, within};
 use pg_session::{Error, RetryPolicy, TransactionOptions};
-
-async fn table() -> Database {
-    let db = Database::new().await;
-    db.run("CREATE TABLE t (id int PRIMARY KEY)").await;
-    db
-}
 
 /// TransactionOptions: local settings and isolation hold for every statement of the transaction.
 #[tokio::test]
 async fn no_statement_of_a_transaction_runs_without_its_isolation_level_and_settings() {
     within(async {
-        let db = table().await;
-        let sessions = db.single();
-        let mut session = sessions.acquire().await.unwrap();
+        let table = Table::new().await;
+        let mut session = table.session().await;
         let options = TransactionOptions::serializable().local_setting("app.tenant", "7").retry(RetryPolicy::never());
         let told = session
             .transaction_with(options, async |tx| {
@@ -48,9 +39,8 @@ async fn no_statement_of_a_transaction_runs_without_its_isolation_level_and_sett
 #[tokio::test]
 async fn the_first_text_of_a_transaction_is_refused_with_the_servers_own_error() {
     within(async {
-        let db = table().await;
-        let sessions = db.single();
-        let mut session = sessions.acquire().await.unwrap();
+        let table = Table::new().await;
+        let mut session = table.session().await;
         let tx = session.begin().await.unwrap();
         let e = tx.batch_execute("SELEC 1").await.unwrap_err();
         assert!(e.db_error().is_some(), "{e:?}: {e}");
@@ -62,30 +52,21 @@ async fn the_first_text_of_a_transaction_is_refused_with_the_servers_own_error()
 #[tokio::test]
 async fn a_savepoint_that_fails_undoes_a_statement_that_was_leaked_in_it() {
     within(async {
-        let db = table().await;
-        let sessions = db.single();
-        let mut session = sessions.acquire().await.unwrap();
+        let table = Table::new().await;
+        let mut session = table.session().await;
         session.prepare("INSERT INTO t VALUES (1)").await.unwrap();
         let mut tx = session.begin().await.unwrap();
         tx.execute("INSERT INTO t VALUES (0)", &[]).await.unwrap();
         let undone: Result<(), Error> = tx
             .savepoint(async |sp| {
-                let mut future = Box::pin(sp.execute("INSERT INTO t VALUES (1)", &[]));
-                std::future::poll_fn(|cx| {
-                    assert!(future.as_mut().poll(cx).is_pending());
-                    std::task::Poll::Ready(())
-                })
-                .await;
-                std::mem::forget(future);
+                assert!(leaked(sp.execute("INSERT INTO t VALUES (1)", &[]), 1).await.is_none());
                 Err(Error::NoRow)
             })
             .await;
         assert!(undone.is_err());
         let told = tx.commit().await;
-        drop(session);
-        common::until_returned(&sessions).await;
-        let stored = db.number("SELECT count(*) FROM t WHERE id = 1").await;
-        assert_eq!(stored, 0, "commit told {told:?}");
+        let stored = table.rows_after(session).await;
+        assert_eq!(stored, i64::from(told.is_ok()), "the row before the savepoint; commit told {told:?}");
     })
     .await;
 }
@@ -94,9 +75,8 @@ async fn a_savepoint_that_fails_undoes_a_statement_that_was_leaked_in_it() {
 #[tokio::test]
 async fn a_savepoint_in_a_select_that_somebody_else_won_is_undone() {
     within(async {
-        let db = table().await;
-        let sessions = db.single();
-        let mut session = sessions.acquire().await.unwrap();
+        let table = Table::new().await;
+        let mut session = table.session().await;
         session.prepare("INSERT INTO t VALUES (1)").await.unwrap();
         let told = session
             .transaction(async |tx| {
@@ -109,10 +89,8 @@ async fn a_savepoint_in_a_select_that_somebody_else_won_is_undone() {
                 Ok::<_, Error>(())
             })
             .await;
-        drop(session);
-        common::until_returned(&sessions).await;
-        let stored = db.number("SELECT count(*) FROM t WHERE id = 1").await;
-        assert_eq!(stored, 0, "told {told:?}");
+        let stored = table.rows_after(session).await;
+        assert_eq!(stored, i64::from(told.is_ok()), "the row before the savepoint; told {told:?}");
     })
     .await;
 }
@@ -121,9 +99,8 @@ async fn a_savepoint_in_a_select_that_somebody_else_won_is_undone() {
 #[tokio::test]
 async fn rollback_after_a_select_that_somebody_else_won_undoes_everything() {
     within(async {
-        let db = table().await;
-        let sessions = db.single();
-        let mut session = sessions.acquire().await.unwrap();
+        let table = Table::new().await;
+        let mut session = table.session().await;
         session.prepare("INSERT INTO t VALUES (1)").await.unwrap();
         let tx = session.begin().await.unwrap();
         tokio::select! {
@@ -132,9 +109,7 @@ async fn rollback_after_a_select_that_somebody_else_won_undoes_everything() {
             () = std::future::ready(()) => {}
         }
         tx.rollback().await;
-        drop(session);
-        common::until_returned(&sessions).await;
-        assert_eq!(db.number("SELECT count(*) FROM t").await, 0);
+        assert_eq!(table.rows_after(session).await, 0);
     })
     .await;
 }
@@ -143,10 +118,9 @@ async fn rollback_after_a_select_that_somebody_else_won_undoes_everything() {
 #[tokio::test]
 async fn a_statement_given_up_before_it_was_written_is_never_stored_by_commit_or_drop() {
     within(async {
-        let db = table().await;
-        let sessions = db.single();
+        let table = Table::new().await;
         for how in 0..3 {
-            let mut session = sessions.acquire().await.unwrap();
+            let mut session = table.session().await;
             session.prepare("INSERT INTO t VALUES (1)").await.unwrap();
             match how {
                 0 => {
@@ -170,9 +144,7 @@ async fn a_statement_given_up_before_it_was_written_is_never_stored_by_commit_or
                     assert!(told.is_err());
                 }
             }
-            drop(session);
-            common::until_returned(&sessions).await;
-            assert_eq!(db.number("SELECT count(*) FROM t").await, 0, "{how}");
+            assert_eq!(table.rows_after(session).await, 0, "{how}");
         }
     })
     .await;
@@ -182,21 +154,17 @@ async fn a_statement_given_up_before_it_was_written_is_never_stored_by_commit_or
 #[tokio::test]
 async fn a_batch_beside_a_first_statement_that_fails_is_rolled_back() {
     within(async {
-        let db = table().await;
-        let sessions = db.single();
-        let mut session = sessions.acquire().await.unwrap();
+        let table = Table::new().await;
+        let mut session = table.session().await;
         session.prepare("INSERT INTO t VALUES (1)").await.unwrap();
         let told = session
             .transaction(async |tx| {
                 let (a, b) =
                     tokio::join!(tx.batch_execute("nonsense"), tx.execute("INSERT INTO t VALUES (1)", &[]));
-                println!("{a:?} {b:?}");
                 a.and(b.map(drop))
             })
             .await;
-        drop(session);
-        common::until_returned(&sessions).await;
-        let stored = db.number("SELECT count(*) FROM t").await;
+        let stored = table.rows_after(session).await;
         assert_eq!(stored, 0, "told {told:?}");
     })
     .await;
@@ -206,9 +174,8 @@ async fn a_batch_beside_a_first_statement_that_fails_is_rolled_back() {
 #[tokio::test]
 async fn a_try_join_with_a_first_text_that_fails_is_rolled_back() {
     within(async {
-        let db = table().await;
-        let sessions = db.single();
-        let mut session = sessions.acquire().await.unwrap();
+        let table = Table::new().await;
+        let mut session = table.session().await;
         session.prepare("INSERT INTO t VALUES (1)").await.unwrap();
         let told = session
             .transaction(async |tx| {
@@ -216,9 +183,7 @@ async fn a_try_join_with_a_first_text_that_fails_is_rolled_back() {
                 Ok::<_, Error>(())
             })
             .await;
-        drop(session);
-        common::until_returned(&sessions).await;
-        let stored = db.number("SELECT count(*) FROM t").await;
+        let stored = table.rows_after(session).await;
         assert_eq!(stored, 0, "told {told:?}");
     })
     .await;

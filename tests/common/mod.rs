@@ -1,19 +1,31 @@
 //! What the tests share: a server for each test binary, a database for each test, and ways to wait that are not sleep.
-#![allow(dead_code, unreachable_pub, missing_docs, reason = "every test binary uses a part of it")]
+#![allow(
+    dead_code,
+    unused_imports,
+    unreachable_pub,
+    missing_docs,
+    reason = "every test binary uses a part of it"
+)]
 
+pub mod assassin;
 pub mod frames;
+pub mod gate;
 pub mod middle;
+pub mod polls;
 pub mod proxy;
 pub mod raw;
+pub mod residue;
 pub mod sandbox;
+pub mod table;
+pub mod wrongs;
 
 use std::future::Future;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use pg_session::testing::{PgServer, TestDatabase};
 use pg_session::{Session, SessionConfig, SessionManager};
+
+pub use polls::{leaked, polls};
 
 /// No test may hang: everything is done within this.
 pub const LIMIT: Duration = Duration::from_secs(30);
@@ -73,13 +85,40 @@ impl Database {
         self.until(&format!("EXISTS (SELECT FROM pg_stat_activity WHERE {sleeping})")).await;
     }
 
+    /// Waits until somebody waits for an advisory lock of this database.
+    pub async fn until_blocked(&self) {
+        self.until(
+            "EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted \
+             AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))",
+        )
+        .await;
+    }
+
+    /// Waits until this backend is no more.
+    pub async fn until_ended(&self, pid: i32) {
+        self.until(&format!("NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {pid})")).await;
+    }
+
     /// Waits until no session of this database but the watcher's is in a transaction or runs anything.
     pub async fn until_quiet(&self) {
         self.until(&format!("NOT EXISTS ({})", Self::BUSY)).await;
     }
 
+    /// Waits until nobody but the watcher is connected to this database.
+    pub async fn until_alone(&self) {
+        self.until(
+            "NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() \
+             AND pid <> pg_backend_pid())",
+        )
+        .await;
+    }
+
     pub const BUSY: &str = "SELECT FROM pg_stat_activity WHERE datname = current_database() \
         AND pid <> pg_backend_pid() AND backend_type = 'client backend' AND state <> 'idle'";
+}
+
+pub fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
 }
 
 /// A session, however slowly it is opened: for those whose acquire timeout is short because something else is to run
@@ -98,12 +137,17 @@ pub async fn opened(sessions: &SessionManager) -> Session {
 
 /// Waits until every session is back in the pool, repaired where it has to be.
 pub async fn until_returned(sessions: &SessionManager) {
+    until(|| {
+        let status = sessions.status();
+        (status.in_use, status.waiting, status.connecting) == (0, 0, 0)
+    })
+    .await;
+}
+
+/// Waits until it is so; for what neither the server nor a future tells.
+pub async fn until(mut so: impl FnMut() -> bool) {
     within(async {
-        loop {
-            let status = sessions.status();
-            if (status.in_use, status.waiting, status.connecting) == (0, 0, 0) {
-                return;
-            }
+        while !so() {
             tokio::task::yield_now().await;
         }
     })
@@ -120,31 +164,4 @@ pub async fn connect(url: &str) -> tokio_postgres::Client {
 /// Fails the test rather than let it hang.
 pub async fn within<F: Future>(future: F) -> F::Output {
     tokio::time::timeout(LIMIT, future).await.expect("done in time")
-}
-
-/// A future that is dropped after a number of polls.
-pub struct Polls<F> {
-    future: Pin<Box<F>>,
-    left: usize,
-}
-
-pub fn polls<F: Future>(future: F, left: usize) -> Polls<F> {
-    Polls { future: Box::pin(future), left }
-}
-
-impl<F: Future> Future for Polls<F> {
-    /// `None` if it was not done after so many polls.
-    type Output = Option<F::Output>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        if self.left == 0 {
-            return Poll::Ready(None);
-        }
-        self.left -= 1;
-        match self.future.as_mut().poll(cx) {
-            Poll::Ready(output) => Poll::Ready(Some(output)),
-            Poll::Pending if self.left == 0 => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
-        }
-    }
 }
