@@ -6,33 +6,9 @@ mod common;
 
 use std::time::Duration;
 
+use common::residue::assert_pristine;
 use common::{Database, within};
 use pg_session::{Error, Reset, Session, SessionManager};
-
-/// Everything a session can inherit, asked of the server.
-const RESIDUE: &str = "
-    SELECT concat_ws(', ',
-        CASE WHEN current_setting('app.trace', true) <> '' THEN 'custom setting' END,
-        CASE WHEN current_setting('search_path') <> '\"$user\", public' THEN 'search_path' END,
-        CASE WHEN current_setting('statement_timeout') <> '0' THEN 'statement_timeout' END,
-        CASE WHEN current_setting('default_transaction_read_only') <> 'off' THEN 'read only' END,
-        CASE WHEN current_setting('default_transaction_isolation') <> 'read committed' THEN 'isolation' END,
-        CASE WHEN current_user <> 'postgres' OR session_user <> 'postgres' THEN 'role' END,
-        CASE WHEN EXISTS (SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'advisory')
-             THEN 'advisory lock' END,
-        CASE WHEN EXISTS (SELECT FROM pg_class WHERE relpersistence = 't') THEN 'temporary table' END,
-        CASE WHEN EXISTS (SELECT FROM pg_listening_channels()) THEN 'channel' END,
-        CASE WHEN EXISTS (SELECT FROM pg_cursors WHERE is_holdable) THEN 'cursor' END,
-        CASE WHEN EXISTS (SELECT FROM pg_prepared_statements WHERE from_sql) THEN 'prepared statement' END)";
-
-async fn assert_pristine(session: &Session, after: &str) {
-    // VACUUM is refused inside a transaction block, and an aborted one refuses everything.
-    session.execute("VACUUM pg_language", &[]).await.unwrap_or_else(|e| panic!("after {after}: {e}"));
-    let residue: String = session.query_one(RESIDUE, &[]).await.unwrap().get(0);
-    assert_eq!(residue, "", "after {after}");
-    let lastval = session.query_one("SELECT lastval()", &[]).await.unwrap_err();
-    assert_eq!(lastval.code().unwrap().code(), "55000", "lastval after {after}");
-}
 
 async fn borrow(sessions: &SessionManager) -> Session {
     within(sessions.acquire()).await.unwrap()
@@ -249,7 +225,7 @@ async fn without_a_runtime_a_dirty_session_is_closed() {
     let next = borrow(&sessions).await;
     assert_ne!(next.process_id(), pid);
     assert_pristine(&next, "a runtime's end").await;
-    db.until(&format!("NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {pid})")).await;
+    db.until_ended(pid).await;
 }
 
 #[tokio::test]
