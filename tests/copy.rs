@@ -295,7 +295,7 @@ async fn a_panic_in_a_row_stores_nothing_and_the_connection_is_replaced() {
     let session = within(sessions.acquire()).await.unwrap();
     assert_ne!(session.process_id(), pid);
     assert_eq!(count(&session).await, 0);
-    within(db.until(&format!("NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {pid})"))).await;
+    within(db.until_ended(pid)).await;
 }
 
 #[tokio::test]

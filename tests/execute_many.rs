@@ -229,11 +229,15 @@ async fn what_the_raw_client_has_under_way_is_waited_for() {
     let (db, sessions) = table().await;
     let mut session = sessions.acquire().await.unwrap();
     session.execute_many(INSERT, rows(1..=2)).await.unwrap();
-    let pid = session.process_id();
     let client = session.client().await.unwrap();
-    assert!(polls(client.batch_execute("SELECT pg_sleep(1); SELECT 1"), 1).await.is_none());
-    db.until_sleeping(pid).await;
-    assert_eq!(within(session.execute_many(INSERT, rows(3..=100))).await.unwrap(), 98);
+    db.run("SELECT pg_advisory_lock(7)").await;
+    let under_way = "SELECT pg_advisory_xact_lock_shared(7); SELECT 1";
+    assert!(polls(client.batch_execute(under_way), 1).await.is_none());
+    db.until_blocked().await;
+    let many = session.execute_many(INSERT, rows(3..=100));
+    let unblock = db.run("SELECT pg_advisory_unlock(7)");
+    let (many, ()) = within(async { tokio::join!(biased; many, unblock) }).await;
+    assert_eq!(many.unwrap(), 98);
     assert_eq!(db.number(COUNT).await, 100);
 }
 

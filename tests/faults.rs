@@ -325,9 +325,9 @@ async fn a_proxy_passes_everything_else_as_it_is() {
     let error = within(sleep).await.unwrap().unwrap_err();
     assert_eq!(error.code(), Some(&SqlState::QUERY_CANCELED));
     // A client that goes takes its connection along, and the proxy the rest.
-    database.until(&format!("NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {two})")).await;
+    database.until_ended(two).await;
     drop(proxy);
-    database.until(&format!("NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {one})")).await;
+    database.until_ended(one).await;
     assert!(within(client.batch_execute("SELECT 1")).await.is_err());
 }
 

@@ -4,15 +4,16 @@
 
 mod common;
 
-use std::fmt;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 use bytes::Bytes;
+use common::gate::Gate;
 use common::middle::{At, Direction, Middle, Then};
-use common::{Database, polls, until_returned, within};
+use common::wrongs::Wrongs;
+use common::{Database, polls, until, until_returned, within};
 use pg_session::testing::{PgServer, TestDatabase};
 use pg_session::{
     Error, RetryClass, RetryPolicy, Session, SessionConfig, SessionManager, TransactionOptions,
@@ -43,30 +44,6 @@ async fn database() -> Database {
 async fn ids(db: &Database) -> Vec<i64> {
     let rows = db.watcher.query("SELECT id FROM t ORDER BY id", &[]).await.unwrap();
     rows.iter().map(|row| row.get(0)).collect()
-}
-
-async fn until_gone(db: &Database, pid: i32) {
-    db.until(&format!("NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {pid})")).await;
-}
-
-/// Collects what is wrong, so that one run shows all of it.
-#[derive(Default)]
-struct Wrongs(Vec<String>);
-
-impl Wrongs {
-    fn check(&mut self, right: bool, what: impl fmt::Display) {
-        if !right {
-            self.0.push(what.to_string());
-        }
-    }
-}
-
-impl Drop for Wrongs {
-    fn drop(&mut self) {
-        if !std::thread::panicking() {
-            assert!(self.0.is_empty(), "{} wrong:\n{}", self.0.len(), self.0.join("\n"));
-        }
-    }
 }
 
 // BEGIN fails.
@@ -345,7 +322,7 @@ async fn a_fatal_error_whose_end_never_arrives_ends_every_verb() {
                 db.until_sleeping(pid).await;
                 db.run(&format!("SELECT pg_terminate_backend({pid})")).await;
             }
-            until_gone(&db, pid).await;
+            db.until_ended(pid).await;
         };
         // The promise is about a second.
         let ended = async { tokio::time::timeout(Duration::from_secs(6), work).await };
@@ -386,7 +363,7 @@ async fn a_batch_whose_commit_was_answered_is_ok_whatever_stands_behind_the_answ
         let terminate = async {
             let stop = middle.stop().await;
             db.run(&format!("SELECT pg_terminate_backend({})", stop.pid)).await;
-            until_gone(&db, stop.pid).await;
+            db.until_ended(stop.pid).await;
             stop.then(Then::PassTogether);
         };
         let mut batch = sessions.batch();
@@ -452,7 +429,7 @@ fn cases() -> impl Iterator<Item = (Way, &'static str)> {
 
 /// Whether the backend goes although its session is still held.
 async fn goes(db: &Database, pid: i32) -> bool {
-    let gone = until_gone(db, pid);
+    let gone = db.until_ended(pid);
     tokio::time::timeout(Duration::from_secs(1), gone).await.is_ok()
 }
 
@@ -907,18 +884,13 @@ async fn a_constraint_that_fails_at_the_implicit_commit_is_told_by_every_verb() 
 #[tokio::test]
 async fn what_is_to_follow_a_commit_follows_although_its_caller_is_gone() {
     let db = database().await;
-    db.run(
-        "CREATE FUNCTION nap() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END $$;
-         CREATE CONSTRAINT TRIGGER nap AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED
-             FOR EACH ROW EXECUTE FUNCTION nap()",
-    )
-    .await;
+    let gate = Gate::at_commits(&db).await;
     let sessions = db.single();
     for by_hand in [false, true] {
         db.run("TRUNCATE t").await;
         let followed = Arc::new(AtomicUsize::new(0));
         let mut session = within(sessions.acquire()).await.unwrap();
-        let pid = session.process_id();
+        gate.close().await;
         let follow = {
             let followed = Arc::clone(&followed);
             move |tx: &pg_session::Transaction<'_>| {
@@ -945,20 +917,13 @@ async fn what_is_to_follow_a_commit_follows_although_its_caller_is_gone() {
         };
         tokio::select! {
             told = within(work) => panic!("committed before it was dropped: {told:?}"),
-            () = db.until_sleeping(pid) => {}
+            () = gate.until_reached() => {}
         }
         drop(session);
+        gate.open().await;
         db.until("EXISTS (SELECT FROM t)").await;
         until_returned(&sessions).await;
-        let waited = within(async {
-            for _ in 0..2_000 {
-                if followed.load(SeqCst) > 0 {
-                    return;
-                }
-                db.number("SELECT 1::int8").await;
-            }
-        });
-        waited.await;
+        until(|| followed.load(SeqCst) > 0).await;
         assert_eq!(followed.load(SeqCst), 1, "by hand: {by_hand}");
     }
 }

@@ -252,7 +252,7 @@ async fn a_backend_terminated_while_idle_is_replaced_unnoticed() {
     drop(held);
     for pid in &pids {
         db.run(&format!("SELECT pg_terminate_backend({pid})")).await;
-        db.until(&format!("NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {pid})")).await;
+        db.until_ended(*pid).await;
     }
     for _ in 0..3 {
         sessions.acquire().await.unwrap().execute("SELECT 1", &[]).await.unwrap();
@@ -265,7 +265,7 @@ async fn a_backend_terminated_in_use_costs_that_statement_only() {
     let sessions = db.single();
     let terminate = async |pid: i32| {
         db.run(&format!("SELECT pg_terminate_backend({pid})")).await;
-        db.until(&format!("NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {pid})")).await;
+        db.until_ended(pid).await;
     };
     // Between two statements.
     let session = sessions.acquire().await.unwrap();

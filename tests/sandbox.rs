@@ -74,7 +74,7 @@ async fn dropping_it_needs_no_runtime_and_ends_what_runs() {
     std::thread::spawn(move || drop(sandbox)).join().unwrap();
     assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
     assert!(within(sleep).await.unwrap().is_err());
-    database.until(&format!("NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {pid})")).await;
+    database.until_ended(pid).await;
 }
 
 #[tokio::test]
@@ -110,7 +110,7 @@ async fn a_lost_backend_is_told_to_every_client_and_by_finish() {
     let (one, two) = (connect(&sandbox.url()).await, connect(&sandbox.url()).await);
     let pid: i32 = one.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
     database.run(&format!("SELECT pg_terminate_backend({pid})")).await;
-    database.until(&format!("NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {pid})")).await;
+    database.until_ended(pid).await;
     assert!(within(one.batch_execute("SELECT 1")).await.is_err());
     let error = within(two.batch_execute("SELECT 1")).await.unwrap_err();
     let error = error.as_db_error().expect("said by the sandbox");

@@ -315,7 +315,7 @@ async fn the_closures_error_comes_before_a_failed_rollback() {
         .transaction(async |tx| {
             tx.execute("SELECT 1", &[]).await?;
             db.run(&format!("SELECT pg_terminate_backend({pid})")).await;
-            db.until(&format!("NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = {pid})")).await;
+            db.until_ended(pid).await;
             Err::<(), _>(Own("mine".into()))
         })
         .await;
