@@ -3,64 +3,15 @@
 
 mod common;
 
-use std::fmt::Debug;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::Database;
+use common::log::Log;
 use pg_session::{Error, RetryPolicy, SessionManager, TransactionOptions};
-use tracing::field::{Field, Visit};
-use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Subscriber};
-use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
-use tracing_subscriber::registry::LookupSpan;
-
-/// Everything that was emitted, a line each.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<String>>>);
-
-struct Line(String);
-
-impl Visit for Line {
-    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        self.0.push_str(&format!(" {}={value:?}", field.name()));
-    }
-}
-
-impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Log {
-    fn on_new_span(&self, attributes: &Attributes<'_>, _: &Id, _: Context<'_, S>) {
-        let mut line = Line(format!("span {}", attributes.metadata().name()));
-        attributes.record(&mut line);
-        self.0.lock().unwrap().push(line.0);
-    }
-
-    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
-        let mut line = Line(format!("record {}", context.span(id).unwrap().name()));
-        values.record(&mut line);
-        self.0.lock().unwrap().push(line.0);
-    }
-
-    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        let mut line = Line(format!("event {} {}", event.metadata().target(), event.metadata().level()));
-        event.record(&mut line);
-        self.0.lock().unwrap().push(line.0);
-    }
-}
-
-impl Log {
-    fn lines(&self) -> Vec<String> {
-        self.0.lock().unwrap().clone()
-    }
-
-    fn has(&self, parts: &[&str]) -> bool {
-        self.lines().iter().any(|line| parts.iter().all(|part| line.contains(part)))
-    }
-}
 
 #[tokio::test]
 async fn transactions_and_acquires_have_spans_with_stable_names() {
-    let log = Log::default();
-    let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(log.clone()));
+    let (log, _guard) = Log::keep();
     let db = Database::new().await;
     let config = db.config().max_size(1).acquire_timeout(Duration::from_millis(20));
     let sessions = SessionManager::new(config).unwrap();
@@ -107,7 +58,7 @@ async fn transactions_and_acquires_have_spans_with_stable_names() {
 #[tokio::test]
 async fn debug_output_shows_no_secret() {
     // Without one of its own, this thread could register the call sites as uninteresting to all.
-    let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(Log::default()));
+    let _log = Log::keep();
     let db = Database::new().await;
     let config = db.config().password("hunter2");
     let sessions = SessionManager::new(config).unwrap();
@@ -125,8 +76,7 @@ async fn debug_output_shows_no_secret() {
 async fn what_a_client_is_not_told_is_in_the_log() {
     use pg_session::{Problem, Problems};
 
-    let log = Log::default();
-    let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(log.clone()));
+    let (log, _guard) = Log::keep();
     let db = Database::new().await;
     db.run("CREATE TABLE t (a int PRIMARY KEY)").await;
     let session = db.sessions().acquire().await.unwrap();

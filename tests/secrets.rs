@@ -5,14 +5,12 @@ mod common;
 
 use std::error::Error as StdError;
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex};
 
 use bytes::BytesMut;
 use common::Database;
+use common::log::Log;
 use pg_session::tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use pg_session::{Error, RetryPolicy, Session, SessionManager, TransactionOptions};
-use tracing::field::{Field, Visit};
-use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
 const SECRET: &str = "hunter2";
 
@@ -131,25 +129,44 @@ fn is_foreign(e: &(dyn StdError + 'static)) -> bool {
     e.to_string().starts_with("cannot convert")
 }
 
-/// Everything that was emitted, a line each.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<String>>>);
-
-struct Line(String);
-
-impl Visit for Line {
-    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        self.0.push_str(&format!(" {}={value:?}", field.name()));
-    }
+/// What can be shown of everything that holds a value, each with what it is.
+async fn shown(sessions: &SessionManager, session: &mut Session) -> Vec<String> {
+    let mut shown = Vec::new();
+    let mut show = |what: &dyn Debug| shown.push(format!("{what:?} {what:#?}"));
+    let mut batch = session.batch();
+    batch.push("INSERT INTO t (a) VALUES ($1)", (SECRET,));
+    show(&batch);
+    drop(batch);
+    show(&session.batch().push("SELECT a FROM t", ()).run().await.unwrap());
+    show(&session.copy_rows_in("t", &["a"]).send([("hunter2\0",)]).await.unwrap_err());
+    show(&session.query("SELECT 'hunter2'::uuid", &[]).await.unwrap_err());
+    show(&session.execute("SELECT $1::int", &[&SECRET]).await.unwrap_err());
+    let rows = [("new",), (SECRET,)];
+    show(&session.execute_many("INSERT INTO t (a) VALUES ($1)", rows).await.unwrap_err());
+    let mut out = session.copy_rows_out("t", &["a"]).await.unwrap();
+    let row = out.next().await.unwrap().unwrap();
+    show(&row);
+    show(&row.try_get::<i32>(0).unwrap_err());
+    show(&out);
+    drop(out);
+    show(&session.query_stream("SELECT a FROM t", &[]).await.unwrap());
+    let options = TransactionOptions::new().local_setting("app.x", SECRET);
+    show(&options);
+    show(&session.begin_with(options).await.unwrap());
+    show(&session.prepare("SELECT 'hunter2', $1::int").await.unwrap());
+    show(&session);
+    show(&sessions);
+    shown
 }
 
-impl<S: tracing::Subscriber> Layer<S> for Log {
-    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
-        if event.metadata().target() == "pg_session" {
-            let mut line = Line(String::new());
-            event.record(&mut line);
-            self.0.lock().unwrap().push(line.0);
-        }
+#[tokio::test]
+async fn debug_shows_no_value() {
+    let db = Database::new().await;
+    db.run(SCHEMA).await;
+    let sessions = db.sessions();
+    let mut session = sessions.acquire().await.unwrap();
+    for text in shown(&sessions, &mut session).await {
+        assert!(!text.contains(SECRET), "{text}");
     }
 }
 
@@ -158,8 +175,7 @@ impl<S: tracing::Subscriber> Layer<S> for Log {
 async fn neither_a_problem_nor_the_log_quotes_data() {
     use pg_session::Problem;
 
-    let log = Log::default();
-    let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(log.clone()));
+    let (log, _guard) = Log::keep();
     let db = Database::new().await;
     db.run(SCHEMA).await;
     let sessions = db.sessions();
@@ -173,18 +189,20 @@ async fn neither_a_problem_nor_the_log_quotes_data() {
             assert!(!text.contains(SECRET), "{text}");
         }
         // The log tells what it was about.
-        let line = log.0.lock().unwrap().last().unwrap().clone();
+        let line = log.lines().pop().unwrap();
         for part in [sqlstate, constraint].into_iter().flatten() {
             assert!(line.contains(&part), "{part}: {line}");
         }
     }
     drop(session);
-    for line in log.0.lock().unwrap().iter() {
+    for line in log.lines() {
         assert!(!line.contains(SECRET), "{line}");
     }
-    let lines = log.0.lock().unwrap();
-    assert!(lines.iter().any(|line| line.contains("constraint=\"a_key\"")
-        && line.contains("sqlstate=\"23505\"")
-        && line.contains("routine=\"_bt_check_unique\"")
-        && line.contains("error=the server refused it")));
+    assert!(log.has(&[
+        "event pg_session",
+        "constraint=\"a_key\"",
+        "sqlstate=\"23505\"",
+        "routine=\"_bt_check_unique\"",
+        "error=the server refused it",
+    ]));
 }

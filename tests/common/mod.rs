@@ -10,6 +10,7 @@
 pub mod assassin;
 pub mod frames;
 pub mod gate;
+pub mod log;
 pub mod middle;
 pub mod polls;
 pub mod proxy;
