@@ -8,14 +8,16 @@ use std::time::Duration;
 use common::proxy::{AtCommit, Proxy};
 use common::{Database, polls, until_returned, within};
 use pg_session::testing::Sandbox;
-use pg_session::{
-    Error, RetryClass, RetryPolicy, SessionConfig, SessionManager, TransactionOptions, tokio_postgres,
-};
+use pg_session::{Error, RetryClass, RetryPolicy, SessionManager, TransactionOptions, tokio_postgres};
 use tokio_postgres::types::{IsNull, ToSql, Type, private::BytesMut, to_sql_checked};
 
 const INSERT: &str = "INSERT INTO t (id, a) VALUES ($1, $2)";
 const ADD: &str = "UPDATE t SET a = a + $2 WHERE id = $1 RETURNING a";
 const SUM: &str = "SELECT coalesce(sum(a), 0)::int8 FROM t";
+
+/// Who waits for a row that somebody else has changed.
+const WAITING: &str =
+    "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
 
 async fn table() -> (Database, SessionManager) {
     let db = Database::new().await;
@@ -246,8 +248,7 @@ async fn a_serialization_failure_is_retried() {
         let batch = tokio::spawn(async move {
             sessions.batch_with(options).push(ADD, (1, 10)).push(ADD, (2, 10)).run().await
         });
-        db.until("EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())")
-            .await;
+        db.until(&format!("EXISTS ({WAITING})")).await;
         lock.commit().await.unwrap();
         match (within(batch).await.unwrap(), expected) {
             (Ok(_), Ok(())) => assert_eq!(db.number(SUM).await, before + 21),
@@ -266,7 +267,7 @@ async fn a_lost_answer_to_its_commit_is_unknown_and_never_retried() {
     for (what, stored) in [(AtCommit::CutBefore, 0), (AtCommit::CutAfter, 7), (AtCommit::Swallow, 7)] {
         let (db, _) = table().await;
         let proxy = Proxy::start().await;
-        let config: SessionConfig = proxy.url(db.database.name()).parse().unwrap();
+        let config = proxy.config(&db);
         let config = config.max_size(1).commit_timeout(Duration::from_millis(if what == AtCommit::Swallow {
             200
         } else {
@@ -298,11 +299,12 @@ async fn a_session_ended_by_the_server_before_commit_is_lost_and_may_be_retried(
         lock.execute("UPDATE t SET a = a + 1 WHERE id = 1", &[]).await.unwrap();
         let (manager, options) = (sessions.clone(), TransactionOptions::new().retry(retry));
         let batch = tokio::spawn(async move { manager.batch_with(options).push(ADD, (1, 5)).run().await });
-        let waiting = "FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
-        db.until(&format!("EXISTS (SELECT {waiting})")).await;
-        db.run(&format!("SELECT pg_terminate_backend(pid) {waiting}")).await;
+        db.until(&format!("EXISTS ({WAITING})")).await;
+        let pid: i32 = db.watcher.query_one(WAITING, &[]).await.unwrap().get(0);
+        db.run(&format!("SELECT pg_terminate_backend({pid})")).await;
+        db.until_ended(pid).await;
         if moves {
-            db.until(&format!("EXISTS (SELECT {waiting})")).await;
+            db.until(&format!("EXISTS ({WAITING})")).await;
         }
         lock.commit().await.unwrap();
         let result = within(batch).await.unwrap();

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use common::proxy::{AtCommit, Proxy};
 use common::{Database, polls, until_returned, within};
 use pg_session::testing::Sandbox;
-use pg_session::{Error, SessionConfig, SessionManager, TransactionOptions};
+use pg_session::{Error, SessionManager, TransactionOptions};
 use tokio_postgres::types::private::BytesMut;
 use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
 
@@ -362,7 +362,7 @@ async fn a_lost_answer_to_its_commit_is_unknown() {
     for (what, stored) in [(AtCommit::CutBefore, 0), (AtCommit::CutAfter, i64::from(MANY))] {
         let (db, _) = table().await;
         let proxy = Proxy::start().await;
-        let config: SessionConfig = proxy.url(db.database.name()).parse().unwrap();
+        let config = proxy.config(&db);
         let sessions = SessionManager::new(config.max_size(1)).unwrap();
         let mut session = sessions.acquire().await.unwrap();
         proxy.at_commit(what);

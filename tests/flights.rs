@@ -5,7 +5,7 @@ mod common;
 
 use common::proxy::Proxy;
 use common::{Database, within};
-use pg_session::{Error, RetryPolicy, Session, SessionConfig, SessionManager, TransactionOptions};
+use pg_session::{Error, RetryPolicy, Session, SessionManager, TransactionOptions};
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
 /// A database behind a proxy that counts, and a manager with one connection to it.
@@ -16,7 +16,7 @@ async fn counted() -> (Database, Proxy, SessionManager) {
     )
     .await;
     let proxy = Proxy::start().await;
-    let config: SessionConfig = proxy.url(db.database.name()).parse().unwrap();
+    let config = proxy.config(&db);
     let sessions = SessionManager::new(config.max_size(1)).unwrap();
     (db, proxy, sessions)
 }
@@ -82,7 +82,7 @@ async fn lending_and_returning_a_clean_session_takes_none() {
 #[tokio::test]
 async fn a_session_idle_for_longer_is_checked_by_one() {
     let (_db, proxy, _) = counted().await;
-    let config: SessionConfig = proxy.url(_db.database.name()).parse().unwrap();
+    let config = proxy.config(&_db);
     let sessions =
         SessionManager::new(config.max_size(1).check_after_idle(std::time::Duration::ZERO)).unwrap();
     drop(sessions.acquire().await.unwrap());

@@ -13,17 +13,14 @@ async fn no_statement_of_a_transaction_runs_without_its_isolation_level_and_sett
     within(async {
         let table = Table::new().await;
         let mut session = table.session().await;
-        let options = TransactionOptions::serializable().local_setting("app.tenant", "7").retry(RetryPolicy::never());
+        let options = TransactionOptions::serializable().retry(RetryPolicy::never());
+        let options = options.local_setting("app.tenant", "7");
         let told = session
             .transaction_with(options, async |tx| {
                 let _ = tx.batch_execute("nonsense").await;
-                let row = tx
-                    .query_one(
-                        "SELECT current_setting('transaction_isolation'), current_setting('app.tenant', true)",
-                        &[],
-                    )
-                    .await;
-                if let Ok(row) = row {
+                let sql = "SELECT current_setting('transaction_isolation'), \
+                                  current_setting('app.tenant', true)";
+                if let Ok(row) = tx.query_one(sql, &[]).await {
                     let seen: (String, Option<String>) = (row.get(0), row.get(1));
                     assert_eq!(seen, ("serializable".into(), Some("7".into())));
                 }
@@ -81,9 +78,10 @@ async fn a_savepoint_in_a_select_that_somebody_else_won_is_undone() {
         let told = session
             .transaction(async |tx| {
                 tx.execute("INSERT INTO t VALUES (0)", &[]).await?;
+                let savepoint = tx.savepoint(async |sp| sp.execute("INSERT INTO t VALUES (1)", &[]).await);
                 tokio::select! {
                     biased;
-                    _ = tx.savepoint(async |sp| sp.execute("INSERT INTO t VALUES (1)", &[]).await) => unreachable!(),
+                    told = savepoint => unreachable!("{told:?}"),
                     () = std::future::ready(()) => {}
                 }
                 Ok::<_, Error>(())
@@ -105,7 +103,7 @@ async fn rollback_after_a_select_that_somebody_else_won_undoes_everything() {
         let tx = session.begin().await.unwrap();
         tokio::select! {
             biased;
-            _ = tx.execute("INSERT INTO t VALUES (1)", &[]) => unreachable!(),
+            told = tx.execute("INSERT INTO t VALUES (1)", &[]) => unreachable!("{told:?}"),
             () = std::future::ready(()) => {}
         }
         tx.rollback().await;

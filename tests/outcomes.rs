@@ -15,9 +15,7 @@ use common::middle::{At, Direction, Middle, Then};
 use common::wrongs::Wrongs;
 use common::{Database, polls, until, until_returned, within};
 use pg_session::testing::{PgServer, TestDatabase};
-use pg_session::{
-    Error, RetryClass, RetryPolicy, Session, SessionConfig, SessionManager, TransactionOptions,
-};
+use pg_session::{Error, RetryClass, RetryPolicy, Session, SessionManager, TransactionOptions};
 
 /// More than any statement that is answered or dropped here takes.
 const MOST_POLLS: usize = 60;
@@ -281,7 +279,7 @@ async fn a_fatal_error_whose_end_never_arrives_ends_every_verb() {
     ];
     let mut stuck = Vec::new();
     for verb in verbs {
-        let config: SessionConfig = middle.url(db.database.name()).parse().unwrap();
+        let config = middle.config(&db);
         let sessions = SessionManager::new(config.max_size(1)).unwrap();
         let mut session = sessions.acquire().await.unwrap();
         let pid = session.process_id();
@@ -348,7 +346,7 @@ async fn a_batch_whose_commit_was_answered_is_ok_whatever_stands_behind_the_answ
     let db = database().await;
     let mut middle = Middle::start().await;
     for n in 1..=20i64 {
-        let config: SessionConfig = middle.url(db.database.name()).parse().unwrap();
+        let config = middle.config(&db);
         let policy = RetryPolicy::default().retry_on(RetryClass::ConnectionLost);
         let config = config.max_size(1).transactions(TransactionOptions::new().retry(policy));
         let sessions = SessionManager::new(config).unwrap();

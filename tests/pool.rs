@@ -562,7 +562,7 @@ async fn never_more_connections_than_allowed() {
 async fn a_network_that_breaks_is_survived() {
     let db = Database::new().await;
     let proxy = Proxy::start().await;
-    let config: SessionConfig = proxy.url(db.database.name()).parse().unwrap();
+    let config = proxy.config(&db);
     let sessions = SessionManager::new(config.max_size(2).connect_timeout(SHORT)).unwrap();
     let session = sessions.acquire().await.unwrap();
     let sleep = session.execute("SELECT pg_sleep(600)", &[]);

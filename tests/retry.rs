@@ -10,7 +10,7 @@ use std::time::Duration;
 use common::proxy::{AtCommit, Proxy};
 use common::{Database, within};
 use pg_session::testing::PgServer;
-use pg_session::{Error, RetryClass, RetryPolicy, SessionConfig, SessionManager, TransactionOptions};
+use pg_session::{Error, RetryClass, RetryPolicy, SessionManager, TransactionOptions};
 use tokio::sync::{Barrier, Notify};
 
 fn fast() -> RetryPolicy {
@@ -406,7 +406,7 @@ async fn a_server_that_is_away_for_a_moment_is_waited_for_if_asked() {
 /// A manager whose connections pass a proxy.
 async fn proxied(db: &Database) -> (Proxy, SessionManager) {
     let proxy = Proxy::start().await;
-    let config: SessionConfig = proxy.url(db.database.name()).parse().unwrap();
+    let config = proxy.config(db);
     let config = config.max_size(1).commit_timeout(Duration::from_millis(200));
     (proxy, SessionManager::new(config).unwrap())
 }

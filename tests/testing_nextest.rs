@@ -116,13 +116,18 @@ fn a_test_killed_during_initdb_leaves_the_start_to_the_next() -> Result {
 #[test]
 fn a_start_that_fails_is_tried_once_more_by_those_who_waited_for_it() -> Result {
     let scratch = scratch()?;
-    // Slow enough for the others to be waiting by then, most of the time.
-    let bin = programs_that_first("sleep 0.5 || sleep 1; exit 1", scratch.path())?;
+    let all_ask = scratch.path().join("all_ask");
+    let fault = format!("until [ -e '{}' ]; do sleep 0.1 || sleep 1; done; exit 1", all_ask.display());
+    let bin = programs_that_first(&fault, scratch.path())?;
     let mut run = Run::start_with(Some(&bin))?;
     let names = ["a", "b", "c", "later"];
     for name in &names[..3] {
-        run.test(name, "ask")?;
+        run.test(name, "ask aloud")?;
     }
+    for name in &names[..3] {
+        assert_eq!(run.hear(name)?, "asking");
+    }
+    fs::write(all_ask, "")?;
     run.wait_for_tests()?;
     run.test("later", "ask")?;
     let mut heard = names.iter().map(|name| run.hear(name)).collect::<Result<Vec<_>>>()?;
@@ -453,6 +458,9 @@ fn test_of_a_run() -> Result {
         say(&name, "ready");
         io::copy(&mut io::stdin(), &mut io::sink())?;
     }
+    if role == "ask aloud" {
+        say(&name, "asking");
+    }
     let server = match PgServer::shared() {
         Ok(server) => server,
         Err(error) => {
@@ -463,7 +471,7 @@ fn test_of_a_run() -> Result {
     let place = format!("{} {}", server.socket_dir().display(), server.port());
     let runtime = runtime()?;
     match &*role {
-        "ask" | "ask late" => {
+        "ask" | "ask late" | "ask aloud" => {
             runtime.block_on(connect(&server.url()))?;
             say(&name, &place);
         }
