@@ -8,7 +8,6 @@ use std::fmt::Debug;
 
 use bytes::BytesMut;
 use common::Database;
-use common::log::Log;
 use pg_session::tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use pg_session::{Error, RetryPolicy, Session, SessionManager, TransactionOptions};
 
@@ -173,6 +172,7 @@ async fn debug_shows_no_value() {
 #[cfg(feature = "problem")]
 #[tokio::test]
 async fn neither_a_problem_nor_the_log_quotes_data() {
+    use common::log::Log;
     use pg_session::Problem;
 
     let (log, _guard) = Log::keep();
