@@ -1,5 +1,6 @@
 //! A proxy that stands between the crate and the server: counts flights, and cuts, holds or swallows what passes.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -11,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 
 use super::Database;
-use super::frames::Frames;
+use super::frames::{Frame, Frames};
 
 /// What to do at a COMMIT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +117,7 @@ async fn serve(mut client: TcpStream, port: u16, shared: Arc<Shared>) {
         // Requests whose ReadyForQuery has not come; start-up counts as one.
         let mut open: i64 = 1;
         let mut requests = Frames::of_client();
+        let mut commits = Commits::default();
         let mut answers = Frames::default();
         let mut swallow = false;
         let mut cut_after = false;
@@ -131,12 +133,7 @@ async fn serve(mut client: TcpStream, port: u16, shared: Arc<Shared>) {
                     while let Some(request) = requests.take() {
                         // Everything that ends in a ReadyForQuery.
                         open += i64::from(matches!(request.tag(), b'Q' | b'S'));
-                        // Alone or behind the statements of its flight, in either protocol.
-                        commit |= match request.tag() {
-                            b'Q' => request.body().ends_with(b"COMMIT\0"),
-                            b'P' => request.body().starts_with(b"\0COMMIT\0"),
-                            _ => false,
-                        };
+                        commit |= commits.is_sent_by(&request);
                     }
                     if before <= 0 && open > 0 {
                         shared.flights.fetch_add(1, SeqCst);
@@ -174,5 +171,36 @@ async fn serve(mut client: TcpStream, port: u16, shared: Arc<Shared>) {
     tokio::select! {
         () = relay => {}
         () = cut => {}
+    }
+}
+
+/// Knows COMMIT when it sees it: alone, or behind the statements of its flight, be it prepared by name.
+#[derive(Debug, Default)]
+struct Commits {
+    /// The names of prepared statements that are COMMIT.
+    names: HashSet<Vec<u8>>,
+}
+
+impl Commits {
+    fn is_sent_by(&mut self, request: &Frame) -> bool {
+        let mut texts = request.body().split(|b| *b == 0);
+        let mut text = || texts.next().unwrap_or_default();
+        match request.tag() {
+            b'Q' => request.body().ends_with(b"COMMIT\0"),
+            b'P' => {
+                let (name, sql) = (text(), text());
+                if sql == b"COMMIT" {
+                    self.names.insert(name.to_vec());
+                } else {
+                    self.names.remove(name);
+                }
+                false
+            }
+            b'B' => {
+                let (_portal, name) = (text(), text());
+                self.names.contains(name)
+            }
+            _ => false,
+        }
     }
 }
