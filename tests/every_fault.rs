@@ -334,21 +334,21 @@ impl Judge {
         self.client.query_one(&format!("SELECT pg_cancel_backend({pid})"), &[]).await.expect("asked");
     }
 
+    /// This worker's backends; another test on the same server has workers of the same names.
+    fn own(&self) -> String {
+        format!("datname = current_database() AND application_name = '{}'", self.application)
+    }
+
     /// No backend of this worker's runs anything or is in a transaction.
     async fn until_quiet(&self) -> bool {
-        let busy = format!(
-            "NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = '{}' AND state <> 'idle')",
-            self.application
-        );
+        let busy =
+            format!("NOT EXISTS (SELECT FROM pg_stat_activity WHERE {} AND state <> 'idle')", self.own());
         self.until(&busy).await
     }
 
     /// So many connections of this worker's are left.
     async fn until_at_most(&self, connections: i32) -> bool {
-        let alone = format!(
-            "count(*) <= {connections} FROM pg_stat_activity WHERE application_name = '{}'",
-            self.application
-        );
+        let alone = format!("count(*) <= {connections} FROM pg_stat_activity WHERE {}", self.own());
         self.until(&alone).await
     }
 
