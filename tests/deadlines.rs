@@ -35,7 +35,7 @@ async fn a_deadline_bounds_a_rollback_that_is_not_answered() {
     let db = Database::new().await;
     let mut middle = Middle::start().await;
     let (_sessions, mut session) = session(&middle, &db).await;
-    middle.arm(Direction::ToServer, At::Like(Box::new(|_, body| body.starts_with(b"ROLLBACK"))));
+    middle.arm(Direction::ToServer, At::Like(Box::new(|_, body| body.starts_with(b"\0ROLLBACK\0"))));
     let started = Instant::now();
     let run = session.transaction_with(short(), async |tx| {
         tx.execute("SELECT 1", &[]).await?;

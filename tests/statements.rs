@@ -184,6 +184,28 @@ async fn a_transaction_begins_though_what_is_prepared_was_dropped_unseen() {
 }
 
 #[tokio::test]
+async fn a_transaction_commits_though_it_dropped_what_is_prepared_unseen() {
+    let db = Database::new().await;
+    db.run("CREATE TABLE t (n int)").await;
+    let sessions = db.single();
+    let mut runs = 0;
+    for expected in 1..=2 {
+        let attempts = AtomicU32::new(0);
+        sessions
+            .transaction(async |tx| {
+                attempts.fetch_add(1, SeqCst);
+                tx.batch_execute("INSERT INTO t VALUES (1)").await?;
+                tx.batch_execute(DROP_UNSEEN).await
+            })
+            .await
+            .unwrap();
+        assert_eq!(db.number("SELECT count(*) FROM t").await, expected);
+        runs += attempts.into_inner();
+    }
+    assert_eq!(runs, 3, "the second time, COMMIT had been parsed before, and was refused once");
+}
+
+#[tokio::test]
 async fn a_batch_whose_begin_was_dropped_unseen_does_nothing_and_the_next_is_good() {
     let db = Database::new().await;
     db.run("CREATE TABLE t (n int)").await;

@@ -54,7 +54,7 @@ impl Exchange {
 
     /// Whether the next answer is that to COMMIT.
     fn at_commit(&self) -> bool {
-        self.commit && if self.kind == Kind::Text { self.lead == 1 } else { self.requests_done }
+        self.commit && if self.kind == Kind::End { self.lead == 1 } else { self.requests_done }
     }
 
     /// Whether an answer that comes now is to something of ours, and not the driver's.

@@ -58,10 +58,16 @@ impl Step {
     /// As messages of the extended protocol, with values as parameters.
     fn write(&self, named: &mut Named, flight: u64, out: &mut BytesMut) -> io::Result<()> {
         match self {
-            Self::Setting(name, value) => named.run(SET_CONFIG, &[name, value], flight, out),
-            Self::RollBack | Self::Begin(_) | Self::Commit => named.run(&self.sql(), &[], flight, out),
-            // Savepoints have a name of their own each time.
-            _ => named::run(&self.sql(), &[], out),
+            Self::Begin(sql) if sql == "BEGIN" => named.run("pgs:BEGIN", sql, &[], flight, out),
+            Self::Begin(sql) => named.run(&format!("pgs:{sql}"), sql, &[], flight, out),
+            Self::Commit => named.run("pgs:COMMIT", "COMMIT", &[], flight, out),
+            Self::Setting(name, value) => {
+                named.run("pgs:set_config", SET_CONFIG, &[name, value], flight, out)
+            }
+            // Savepoints have another name each time, and ROLLBACK must not fail for want of one.
+            Self::RollBack | Self::Savepoint(_) | Self::Release(_) | Self::RollBackTo(_) => {
+                named::run(&self.sql(), &[], out)
+            }
         }
     }
 }
@@ -76,6 +82,8 @@ pub(crate) enum Kind {
     Text,
     /// A simple query. The steps go ahead of it, under a Sync of their own.
     AheadOfText,
+    /// A simple query that says nothing: the steps are sent in its place. The last of them ends the transaction.
+    End,
     /// COPY into the server, for which the driver sends data.
     CopyIn,
     /// COPY out of the server.
@@ -92,7 +100,7 @@ pub(crate) struct Flight {
     pub(super) row_count: u32,
     /// So many requests of the driver's follow under one Sync; none is as good as one.
     pub(super) requests: u32,
-    /// COMMIT comes behind the last of them, under the same Sync.
+    /// COMMIT comes behind the last of them, under the same Sync; or is the last step.
     pub(super) commit: bool,
 }
 
@@ -135,7 +143,7 @@ impl Flight {
 
     /// What goes behind its last one.
     pub(super) fn write_end(&self, named: &mut Named, number: u64, out: &mut BytesMut) -> io::Result<()> {
-        if self.commit && self.kind != Kind::Text { Step::Commit.write(named, number, out) } else { Ok(()) }
+        if self.commit && self.kind != Kind::End { Step::Commit.write(named, number, out) } else { Ok(()) }
     }
 }
 

@@ -200,6 +200,34 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_ends_a_transaction_is_sent_in_place_of_an_empty_query() {
+        let query = frame(b'Q', b"\0");
+        let steps_done = [done(b"ROLLBACK\0"), done(b"RELEASE\0")].concat();
+        let refusal = [frame(b'E', b"VERROR\0C23503\0Ma\0\0"), frame(b'Z', b"I")].concat();
+        let refused = [&steps_done[..], &refusal].concat();
+        let committed = [&steps_done[..], &done(b"COMMIT\0"), &frame(b'Z', b"I")].concat();
+        for (served, passed) in [(&refused, refusal), (&committed, frame(b'Z', b"I"))] {
+            for out in [1, 3, 1000] {
+                for step in steps(served.len()) {
+                    let (mut ledger, wire) = started();
+                    wire.record();
+                    wire.happen(super::super::wire::happened::BEGUN);
+                    wire.lead(Step::RollBackTo(3));
+                    wire.lead(Step::Release(3));
+                    wire.end(Step::Commit);
+                    let sent = write(&mut ledger, &wire, &query, out);
+                    assert_eq!(tags(&sent), b"PBEPBECPBES", "pieces of {out}");
+                    assert!(wire.facts().commit_sent && wire.sent() == 1);
+                    assert_eq!(read(&mut ledger, &wire, served, step), passed, "pieces of {step}");
+                    assert_eq!(wire.answered(), 1);
+                    assert_eq!(wire.is_committed(), served == &committed);
+                    assert!(!wire.is_ended_by_sql());
+                }
+            }
+        }
+    }
+
     /// Two statements and COMMIT under one Sync, with a Close that the driver sends between the two.
     fn group(out: usize) -> (Ledger, Wire) {
         let (mut ledger, wire) = started();

@@ -2,7 +2,8 @@
 //!
 //! Parsing takes the server longer than running BEGIN does. A name is relied on only when the flight that brought it was
 //! answered without an error; until then, and wherever it may be gone, it is made afresh. Should it be missing all the
-//! same, the flight fails before anything of it is run (SQLSTATE 26000, which is retried).
+//! same, the flight fails there (SQLSTATE 26000, which is retried). A name says what it stands for, so that where a pooler
+//! mixes up the statements of several clients, it never stands for another.
 
 use std::io;
 
@@ -14,6 +15,9 @@ use postgres_types::Type;
 /// More than there are kinds of BEGIN that anybody uses.
 const LIMIT: usize = 16;
 
+/// The server looks at so many bytes of a name (`NAMEDATALEN`).
+const NAME_LIMIT: usize = 63;
+
 #[derive(Debug, Default)]
 pub(super) struct Named {
     statements: Vec<Statement>,
@@ -23,8 +27,9 @@ pub(super) struct Named {
 
 #[derive(Debug)]
 struct Statement {
-    sql: Box<str>,
-    name: String,
+    name: Box<str>,
+    /// The messages that run it, if it takes no values: they are always the same.
+    messages: BytesMut,
     state: State,
 }
 
@@ -38,39 +43,49 @@ enum State {
 }
 
 impl Named {
-    /// Writes the messages that run `sql` with `values` in the flight with this number.
+    /// Writes the messages that run `sql`, which this name stands for, with `values` in the flight with this number.
     pub(super) fn run(
         &mut self,
+        name: &str,
         sql: &str,
         values: &[&str],
         flight: u64,
         out: &mut BytesMut,
     ) -> io::Result<()> {
-        let Some(statement) = self.statement(sql) else { return run(sql, values, out) };
+        let Some(statement) = self.statement(name) else { return run(sql, values, out) };
         match statement.state {
             // Should the flight fail that brings it, there is no such name for this one.
             State::Asked(earlier) if earlier != flight => return run(sql, values, out),
+            State::Asked(_) | State::Kept if values.is_empty() => {
+                out.put_slice(&statement.messages);
+                return Ok(());
+            }
             State::Asked(_) | State::Kept => return execute(&statement.name, values, out),
             State::Unknown => {}
         }
         // To close what is not there is no error; to parse it twice is.
         frontend::close(b'S', &statement.name, out)?;
         parse(&statement.name, sql, values, out)?;
+        let begin = out.len();
         execute(&statement.name, values, out)?;
+        statement.messages = out[begin..].into();
         statement.state = State::Asked(flight);
         self.unsettled = true;
         Ok(())
     }
 
-    fn statement(&mut self, sql: &str) -> Option<&mut Statement> {
-        let known = self.statements.iter().position(|statement| *statement.sql == *sql);
+    fn statement(&mut self, name: &str) -> Option<&mut Statement> {
+        let known = self.statements.iter().position(|statement| *statement.name == *name);
         let index = known.unwrap_or(self.statements.len());
-        if index == LIMIT {
-            return None;
-        }
         if known.is_none() {
-            let name = format!("pgs_{index}");
-            self.statements.push(Statement { sql: sql.into(), name, state: State::Unknown });
+            if self.statements.len() == LIMIT || name.len() > NAME_LIMIT {
+                return None;
+            }
+            self.statements.push(Statement {
+                name: name.into(),
+                messages: BytesMut::new(),
+                state: State::Unknown,
+            });
         }
         self.statements.get_mut(index)
     }
@@ -135,7 +150,7 @@ mod tests {
     /// What is written to begin in the flight with this number.
     fn begin(named: &mut Named, flight: u64) -> Vec<u8> {
         let mut out = BytesMut::new();
-        named.run("BEGIN", &[], flight, &mut out).expect("messages");
+        named.run("a", "BEGIN", &[], flight, &mut out).expect("messages");
         tags(&out)
     }
 
@@ -175,8 +190,17 @@ mod tests {
         let mut named = Named::default();
         for i in 0..2 * LIMIT {
             let mut out = BytesMut::new();
-            named.run(&format!("BEGIN {i}"), &[], 1, &mut out).expect("messages");
+            named.run(&i.to_string(), "BEGIN", &[], 1, &mut out).expect("messages");
             assert_eq!(tags(&out), if i < LIMIT { &b"CPBE"[..] } else { b"PBE" });
+        }
+    }
+
+    #[test]
+    fn a_name_that_the_server_would_cut_is_none() {
+        for (length, written) in [(NAME_LIMIT, &b"CPBE"[..]), (NAME_LIMIT + 1, b"PBE")] {
+            let mut out = BytesMut::new();
+            Named::default().run(&"x".repeat(length), "BEGIN", &[], 1, &mut out).expect("messages");
+            assert_eq!(tags(&out), written);
         }
     }
 }

@@ -181,9 +181,9 @@ impl Outgoing {
                         continue;
                     }
                 }
-                self.place(out).put_slice(&header[given..]);
+                self.put(&header[given..], out);
             }
-            self.place(out).put_slice(piece.body);
+            self.put(piece.body, out);
             if piece.ends {
                 self.end_frame(tag, out, owed, wire);
             }
@@ -191,9 +191,13 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Where the frame under way is put.
-    fn place<'o>(&'o mut self, out: &'o mut BytesMut) -> &'o mut BytesMut {
-        if self.holds_back() { &mut self.held } else { out }
+    /// Puts a part of the frame under way where it belongs.
+    fn put(&mut self, part: &[u8], out: &mut BytesMut) {
+        match &self.group {
+            Some(_) if self.writing == Writing::Closing => self.held.put_slice(part),
+            Some(group) if group.kind == Kind::End => {}
+            _ => out.put_slice(part),
+        }
     }
 
     /// A frame begins. If it begins a request, what waits for one goes ahead of it.
@@ -213,7 +217,7 @@ impl Outgoing {
             return Ok(());
         }
         let kind = wire.next_kind();
-        let text = matches!(kind, Kind::Text | Kind::AheadOfText);
+        let text = matches!(kind, Kind::Text | Kind::AheadOfText | Kind::End);
         if text && tag != b'Q' {
             // A statement must never run without what was meant to go ahead of it.
             return Err(io::Error::other("a request of another kind came where a flight was waiting"));
@@ -298,6 +302,9 @@ impl Outgoing {
             }
         } else if tag == b'Q' && self.group.is_some() {
             self.note_commit(out);
+            if self.group.as_ref().is_some_and(|group| group.kind == Kind::End) {
+                out.put_slice(SYNC);
+            }
             self.writing = Writing::Nothing;
             wire.on_sent(1);
             self.end_group(out, owed);

@@ -423,18 +423,13 @@ impl Wire {
         }
     }
 
-    /// The next request is a simple query that ends the transaction: what waits goes into its text.
-    pub(crate) fn end_in_text(&self, end: Step) -> String {
-        let mut sql = String::new();
+    /// The next request ends the transaction: `end`, and what waits before it, is sent in its place.
+    pub(crate) fn end(&self, end: Step) {
         self.add(|next| {
-            next.kind = Kind::Text;
+            next.kind = Kind::End;
             next.commit = end == Step::Commit;
             next.lead.push(end);
-            sql = flight::text(&next.lead);
         });
-        // The server would read an empty query behind the last semicolon.
-        sql.pop();
-        sql
     }
 
     /// The next `requests` of the driver's go under one Sync, with COMMIT behind them if asked for.
@@ -807,7 +802,5 @@ mod tests {
         );
         assert_eq!(wire.lead_in_text(), "BEGIN;");
         assert!(wire.take_back() && !wire.holds_begin());
-        wire.lead(Step::RollBackTo(3));
-        assert_eq!(wire.end_in_text(Step::Commit), "ROLLBACK TO \"pgs_3\";COMMIT");
     }
 }

@@ -340,8 +340,8 @@ impl Connection {
         sent && !matches!(core.block(), Block::None | Block::Planned)
     }
 
-    /// Sends COMMIT or ROLLBACK, with what is still to go ahead of it, as one simple query, and waits for the answer. What
-    /// became of it is on record; the driver's error too is returned, if it came to that.
+    /// Sends COMMIT or ROLLBACK, with what is still to go ahead of it, and waits for the answer. What became of it is on
+    /// record; the driver's error too is returned, if it came to that.
     pub(crate) async fn end_block(&self, end: Step) -> Option<tokio_postgres::Error> {
         let mut request = self.request_now(Use::Group).ok()??;
         {
@@ -350,8 +350,8 @@ impl Connection {
             self.shell.lead_now(&mut core);
         }
         // Nobody has a request but this one.
-        let sql = self.wire().end_in_text(end);
-        let call = std::pin::pin!(self.client.batch_execute(&sql));
+        self.wire().end(end);
+        let call = std::pin::pin!(self.client.batch_execute(""));
         let result = request.send(call, |_| ()).await;
         if result.is_err() {
             request.answer().await;

@@ -1,5 +1,6 @@
 //! How a transaction ends: sends COMMIT or ROLLBACK, and turns the [outcome](super::outcome) into what its caller is told.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use tokio::time::timeout;
@@ -53,7 +54,9 @@ impl Transaction<'_> {
             Next::Commit => {}
         }
         let limit = connection.shell.config().commit_timeout;
-        let (answer, error) = match timeout(limit, connection.end_block(Step::Commit)).await {
+        // In its place, it is not moved about.
+        let end = pin!(connection.end_block(Step::Commit));
+        let (answer, error) = match timeout(limit, end).await {
             Ok(Some(e)) if e.code().is_some_and(|code| matches!(code.code(), "40003" | "08007")) => {
                 (Answer::CannotTell, Some(e))
             }
