@@ -107,6 +107,7 @@ pub mod guide;
 mod health;
 #[cfg(any(feature = "axum", feature = "actix-web"))]
 mod lazy_session;
+mod lock;
 mod maintenance;
 mod manager;
 mod observe;

@@ -1,6 +1,6 @@
 //! What is done to idle connections while nobody looks.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use deadpool::managed::{Pool, WeakPool};
@@ -9,6 +9,7 @@ use tokio::time::sleep;
 
 use crate::config::SessionConfig;
 use crate::connection::{Connection, ConnectionManager};
+use crate::lock::lock;
 
 /// Idle connections are looked at no more often and no less often than this.
 const INTERVAL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
@@ -25,7 +26,7 @@ impl Maintenance {
         let Some(interval) = [config.idle_timeout, config.max_lifetime].into_iter().flatten().min() else {
             return;
         };
-        let mut task = self.task.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut task = lock(&self.task);
         if task.as_ref().is_none_or(|task| task.is_finished()) {
             let interval = (interval / 2).clamp(INTERVAL.0, INTERVAL.1);
             let work = || run(pool.weak(), interval, config.idle_timeout);
@@ -39,7 +40,7 @@ impl Maintenance {
     }
 
     pub(crate) fn stop(&self) {
-        if let Some(task) = self.task.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(task) = lock(&self.task).take() {
             task.abort();
         }
     }

@@ -5,7 +5,7 @@ use std::future::Future;
 use std::ops::Deref;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use tokio::time::{Sleep, sleep};
 use tracing::Instrument;
 
 use crate::error::Error;
+use crate::lock::lock;
 use crate::manager::SessionManager;
 use crate::observe::{self, Outcome};
 use crate::options::TransactionOptions;
@@ -132,7 +133,7 @@ impl RequestTransaction {
 
     fn state(&self) -> MutexGuard<'_, State> {
         // Nothing panics while it is held.
-        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shared.state)
     }
 
     /// Chooses the options, before it begins.

@@ -7,6 +7,7 @@ use std::path::Path;
 /// Each room with the rooms it may import, leaves first. A room may import only rooms above it here.
 const HOUSE: &[(&str, &[&str])] = &[
     ("status", &[]),
+    ("lock", &[]),
     ("observe", &[]),
     ("retry", &[]),
     ("sql", &[]),
@@ -15,12 +16,15 @@ const HOUSE: &[(&str, &[&str])] = &[
     ("error", &["retry", "status"]),
     ("options", &["error", "retry"]),
     ("config", &["error", "options"]),
-    ("connect", &["config", "error"]),
-    ("connection", &["config", "connect", "error", "observe", "options", "record", "retry", "statements"]),
-    ("transaction", &["connect", "connection", "error", "observe", "options", "retry"]),
+    ("connect", &["config", "error", "lock"]),
+    (
+        "connection",
+        &["config", "connect", "error", "lock", "observe", "options", "record", "retry", "statements"],
+    ),
+    ("transaction", &["connect", "connection", "error", "lock", "observe", "options", "retry"]),
     ("session", &["connection", "error", "observe", "options", "transaction"]),
     ("executor", &["connection", "error", "session", "statements", "transaction"]),
-    ("maintenance", &["config", "connection"]),
+    ("maintenance", &["config", "connection", "lock"]),
     (
         "manager",
         &[
@@ -36,11 +40,11 @@ const HOUSE: &[(&str, &[&str])] = &[
         ],
     ),
     ("batch", &["connection", "error", "manager", "options", "record", "session", "transaction"]),
-    ("testing", &["config", "connect", "error", "manager", "sql"]),
+    ("testing", &["config", "connect", "error", "lock", "manager", "sql"]),
     ("problem", &["error", "observe"]),
     ("health", &["manager", "problem"]),
     ("lazy_session", &["error", "manager", "session"]),
-    ("request", &["error", "manager", "observe", "options", "transaction"]),
+    ("request", &["error", "lock", "manager", "observe", "options", "transaction"]),
     ("axum", EDGE),
     ("actix_web", EDGE),
     ("guide", &[]),
@@ -74,6 +78,29 @@ const FOLDERS: &[(&str, Files)] = &[
         ],
     ),
     (
+        "connection",
+        &[
+            ("core", &[]),
+            ("reset", &[]),
+            ("shell", &["core"]),
+            ("drain", &["core", "shell"]),
+            ("register", &["shell"]),
+            ("connection", &["core", "drain", "register", "shell"]),
+            ("arrivals", &["connection"]),
+            ("pooled", &["arrivals", "connection", "register", "reset", "shell"]),
+            ("request", &["connection", "core", "shell"]),
+            ("prepare", &["connection", "core", "request", "shell"]),
+            ("block", &["connection", "core", "request", "shell"]),
+            ("repair", &["connection", "core", "reset", "shell"]),
+            ("stream", &["connection", "request"]),
+            ("copy_in", &["connection", "core"]),
+            ("copy_out", &["connection", "copy_in", "stream"]),
+            ("group", &["connection", "core", "request"]),
+            ("rows", &["connection", "core", "group", "request"]),
+            ("verbs", &["connection", "copy_in", "copy_out", "core", "request", "stream"]),
+        ],
+    ),
+    (
         "transaction",
         &[
             ("begin", &[]),
@@ -85,11 +112,49 @@ const FOLDERS: &[(&str, Files)] = &[
     ),
 ];
 
-/// The files of the same folder that a file's code names.
+/// The files of the same folder that a file's code names: `super::name`, and the first names in `super::{…}`.
 fn neighbours(source: &str) -> BTreeSet<String> {
     let source = code(source);
-    let word = |rest: &str| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-    source.split("super::").skip(1).map(word).filter(|name: &String| !name.is_empty()).collect()
+    let word = |rest: &str| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
+    let mut names = BTreeSet::new();
+    for rest in source.split("super::").skip(1) {
+        let Some(list) = rest.strip_prefix('{') else {
+            names.insert(word(rest));
+            continue;
+        };
+        let mut depth = 0;
+        let mut first = true;
+        for (at, c) in list.char_indices() {
+            match c {
+                '}' if depth == 0 => break,
+                '{' => depth += 1,
+                '}' => depth -= 1,
+                ',' if depth == 0 => first = true,
+                c if depth == 0 && first && c.is_alphabetic() => {
+                    names.insert(word(&list[at..]));
+                    first = false;
+                }
+                _ => {}
+            }
+        }
+    }
+    names.remove("");
+    names
+}
+
+/// That every file of a folder is in the table.
+#[test]
+fn every_file_of_a_folder_in_the_table_is_there() {
+    for (folder, files) in FOLDERS {
+        let entries = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(folder)).unwrap();
+        let stem = |entry: std::io::Result<fs::DirEntry>| {
+            entry.unwrap().path().file_stem().unwrap().to_string_lossy().into_owned()
+        };
+        let found: BTreeSet<String> =
+            entries.map(stem).filter(|name| name != "mod" && !name.ends_with("_check")).collect();
+        let listed: BTreeSet<String> = files.iter().map(|(file, _)| (*file).to_owned()).collect();
+        assert_eq!(found, listed, "{folder}");
+    }
 }
 
 #[test]
@@ -110,9 +175,8 @@ fn inside_a_folder_imports_go_one_way_too() {
 
 #[test]
 fn a_wrong_import_of_a_neighbour_is_noticed() {
-    let source =
-        "//! Frames.\nuse super::wire::Wire;\n/// See [`super::ledger`].\nuse super::{flight, frames};\n";
-    assert_eq!(neighbours(source), BTreeSet::from(["wire".to_owned()]));
+    let source = "//! Frames.\nuse super::wire::Wire;\n/// See [`super::ledger`].\nuse super::{flight::{Flight, Step}, frames};\n";
+    assert_eq!(neighbours(source), BTreeSet::from(["flight", "frames", "wire"].map(str::to_owned)));
 }
 
 /// A file without its documentation and its unit tests.

@@ -5,11 +5,13 @@
 use std::collections::HashMap;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use tokio::time::timeout_at;
+
+use crate::lock::lock;
 
 /// The places that are taken, by number; with the time from which one counts as free even if nobody gave it back, as on
 /// a runtime that stands still.
@@ -30,7 +32,7 @@ impl Places {
 
     fn taken(&self) -> MutexGuard<'_, Taken> {
         // Invariant: nothing panics while it is held, so a poisoned one is still consistent.
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.taken)
     }
 
     /// Takes a place as soon as one is free.

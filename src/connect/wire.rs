@@ -10,7 +10,7 @@ use std::sync::atomic::{
     AtomicBool, AtomicI32, AtomicU8, AtomicU32, AtomicU64,
     Ordering::{Relaxed, SeqCst},
 };
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -18,6 +18,7 @@ use tokio_postgres::error::SqlState;
 
 use super::flight::{self, Flight, Kind, Rows, Step};
 use crate::error::ServerError;
+use crate::lock::lock;
 
 /// Where the server says the session is, as of the last ReadyForQuery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -168,11 +169,6 @@ pub(crate) struct Rowed {
 
 /// Enough errors to name a cause; a transaction can fail in a loop of savepoints for as long as it likes.
 const RECORD_LIMIT: usize = 16;
-
-/// Nothing panics while one of these is held; a poisoned one is as good as any.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 impl Wire {
     #[inline]

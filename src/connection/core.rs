@@ -9,8 +9,9 @@
 //!   │ Free │          │ Shared(1) │          │ Shared(n) │   │ Free │         │ Exclusive │
 //!   └──────┘ ◄─────── └───────────┘ ◄─────── └───────────┘   └──────┘ ◄────── └───────────┘
 //!       ▲     finish        │        finish        │                  finish        │
-//!       │                   └──────────┬───────────┘                                │
-//!       │ drained                      │ abandon, give up, forgotten, raw client    │
+//!       │                   └──────────┬───────────┘        share: a group is sent, │
+//!       │ drained                      │                    and becomes Shared(1)   │
+//!       │                              │ abandon, give up, disown, claim            │
 //!       │                        ┌─────▼────┐                                       │
 //!       └─────────────────────── │ Draining │ ◄─────────────────────────────────────┘
 //!                                └─────┬────┘
@@ -20,7 +21,7 @@
 //!                                └──────────┘
 //!
 //!   block:  None ──begin──► Planned ──first request──► Open ──COMMIT, ROLLBACK sent──► Ending ──end──► None
-//!                              └───────────────────────────────end──────────────────────────────────────┘
+//!                              └────────────────────── give up, claim, end ─────────────────────────────┘
 //! ```
 //!
 //! While it drains nobody is granted anything: a cancel request names the server's backend, not a statement, and would hit

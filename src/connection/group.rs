@@ -4,7 +4,6 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
-use std::task::Poll;
 
 use bytes::{Buf, BytesMut};
 use futures_core::Stream;
@@ -125,29 +124,6 @@ impl<'a> Iterator for Fields<'a> {
 }
 
 impl ExactSizeIterator for Fields<'_> {}
-
-/// Polls each once, in order, so that the driver sends them in one piece; then waits for all of them.
-pub(super) async fn together<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
-    let mut waiting: Vec<_> = futures.map(Box::pin).collect();
-    let mut early: Vec<_> = waiting.iter().map(|_| None).collect();
-    poll_fn(|cx| {
-        for (future, output) in waiting.iter_mut().zip(&mut early) {
-            if let Poll::Ready(ready) = future.as_mut().poll(cx) {
-                *output = Some(ready);
-            }
-        }
-        Poll::Ready(())
-    })
-    .await;
-    let mut outputs = Vec::with_capacity(waiting.len());
-    for (future, early) in waiting.into_iter().zip(early) {
-        outputs.push(match early {
-            Some(early) => early,
-            None => future.await,
-        });
-    }
-    outputs
-}
 
 /// What a statement is answered with, until it fails.
 pub(super) struct Reply {

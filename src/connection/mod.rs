@@ -1,5 +1,7 @@
 //! One server connection: the rules, what performs them, and the verbs.
 
+mod arrivals;
+mod block;
 #[allow(clippy::module_inception, reason = "the noun that the others are about")]
 mod connection;
 mod copy_in;
@@ -8,6 +10,9 @@ mod core;
 mod drain;
 mod group;
 mod pooled;
+mod prepare;
+mod register;
+mod repair;
 mod request;
 mod reset;
 mod rows;

@@ -1,11 +1,9 @@
-//! What deadpool calls to make a connection and to look at one before it is lent again; connects that go on without who
-//! asked for them; and the register of all that are open.
+//! What deadpool calls to make a connection, and to look at one before it is lent again.
 
 use std::cell::Cell;
-use std::collections::{HashMap, VecDeque};
-use std::future::{pending, poll_fn};
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -16,19 +14,20 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use super::arrivals::{Arrivals, Attempt, HOME_LIMIT, Made, Started};
 use super::connection::Connection;
+use super::register::Register;
 use super::reset;
 use super::shell::Shell;
 use crate::config::SessionConfig;
-use crate::connect::{Place, Places, dial};
+use crate::connect::{Place, dial};
 use crate::error::{ConnectCause, ConnectError, DriverError};
+use crate::lock::lock;
 use crate::retry::jitter;
 
 /// How long an idle connection may take to show a sign of life. One that takes longer stands for all that were idle for
 /// as long as it was: what lets go of idle connections, or a server that is gone, spares none of them.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long a runtime of one thread may be busy, or left alone, before connections are made elsewhere.
-const HOME_LIMIT: Duration = Duration::from_secs(1);
 /// The first pause after a server that is starting or full; it doubles up to the second.
 const CONNECT_PAUSE: Duration = Duration::from_millis(20);
 const CONNECT_PAUSE_MAX: Duration = Duration::from_millis(500);
@@ -63,11 +62,6 @@ pub(crate) struct ConnectionManager {
     dead_since: Mutex<Option<Instant>>,
 }
 
-/// Nothing panics while one of these is held; a poisoned one is as good as any.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl ConnectionManager {
     pub(crate) fn new(config: Arc<SessionConfig>, home: Option<Handle>) -> Self {
         Self {
@@ -97,31 +91,23 @@ impl ConnectionManager {
 
     /// How many connections are ready that nobody was there for.
     pub(crate) fn ready(&self) -> usize {
-        lock(&self.arrivals.hall).ready.len()
+        self.arrivals.ready()
     }
 
     /// Keeps only those of them that are still good.
     pub(crate) fn retain_ready(&self, keep: impl Fn(&Connection) -> bool) {
-        let mut hall = lock(&self.arrivals.hall);
-        let (kept, removed) = hall.ready.drain(..).partition(|connection| keep(connection));
-        hall.ready = kept;
-        drop(hall);
-        drop::<Vec<_>>(removed);
+        self.arrivals.retain_ready(keep);
     }
 
     /// Ends the connects under way, and the connections that nobody was there for; none is made from now on.
     pub(crate) fn close(&self) {
-        let mut hall = lock(&self.arrivals.hall);
-        hall.closed = true;
-        hall.waiting.clear();
-        drop(hall);
-        self.retain_ready(|_| false);
+        self.arrivals.close();
         lock(&self.tasks).abort_all();
     }
 
     /// The last failure to connect, unless a connection was made since.
     pub(crate) fn last_error(&self) -> Option<Arc<ConnectError>> {
-        lock(&self.arrivals.last_error).clone()
+        self.arrivals.last_error()
     }
 
     async fn connect_patiently(&self) -> Made {
@@ -187,7 +173,7 @@ impl ConnectionManager {
         };
         let mut tasks = lock(&self.tasks);
         while tasks.try_join_next().is_some() {}
-        if lock(&self.arrivals.hall).closed {
+        if self.arrivals.is_closed() {
             drop(tasks);
             drop(lock(&started.attempt).take());
         } else {
@@ -221,132 +207,6 @@ impl ConnectionManager {
                 *dead = dead.max(Some(since));
                 Err("silent")
             }
-        }
-    }
-}
-
-/// A connect that was started, and may have begun.
-struct Started {
-    /// Ends when it begins.
-    begun: oneshot::Receiver<()>,
-    attempt: Arc<Mutex<Option<Attempt>>>,
-}
-
-impl Started {
-    /// Takes the attempt back if it does not begin in time, as where its runtime is blocked or gone.
-    async fn stands_still(self) -> Attempt {
-        // It also ends where the task is dropped.
-        let _ = timeout(HOME_LIMIT, self.begun).await;
-        let attempt = lock(&self.attempt).take();
-        match attempt {
-            Some(attempt) => attempt,
-            None => pending().await,
-        }
-    }
-}
-
-/// What came of a connect.
-type Made = Result<Connection, Arc<ConnectError>>;
-
-/// Where connections arrive, and who waits for them: a connect goes on without its caller, and the next one gets it.
-#[derive(Debug, Default)]
-struct Arrivals {
-    hall: Mutex<Hall>,
-    last_error: Mutex<Option<Arc<ConnectError>>>,
-}
-
-#[derive(Debug, Default)]
-struct Hall {
-    /// When those began that have not come to their end, by their place.
-    under_way: HashMap<u64, Instant>,
-    /// Callers, in the order in which they came.
-    waiting: VecDeque<oneshot::Sender<Made>>,
-    /// Connections that nobody was there for.
-    ready: Vec<Connection>,
-    closed: bool,
-}
-
-impl Arrivals {
-    /// Waits for a connection; also returns whether there are more callers than connects that can be hoped for. One that
-    /// has taken long already may have been sent to a host that is silent.
-    fn expect_one(self: &Arc<Self>) -> (Arrival, bool) {
-        let (sender, receiver) = oneshot::channel();
-        let mut hall = lock(&self.hall);
-        hall.waiting.retain(|caller| !caller.is_closed());
-        if !hall.closed {
-            hall.waiting.push_back(sender);
-        }
-        let hopeful = hall.under_way.values().filter(|begun| begun.elapsed() < HOME_LIMIT).count();
-        (Arrival { receiver, arrivals: Arc::clone(self) }, hall.waiting.len() > hopeful)
-    }
-
-    /// Hands it to who waits first; a connection that nobody waits for is kept.
-    fn hand_over(&self, mut made: Made) {
-        let mut hall = lock(&self.hall);
-        while let Some(caller) = hall.waiting.pop_front() {
-            match caller.send(made) {
-                Ok(()) => return,
-                Err(back) => made = back,
-            }
-        }
-        if let (Ok(connection), false) = (made, hall.closed) {
-            hall.ready.push(connection);
-        }
-    }
-}
-
-/// A caller's wait for a connection.
-struct Arrival {
-    receiver: oneshot::Receiver<Made>,
-    arrivals: Arc<Arrivals>,
-}
-
-impl Arrival {
-    /// What was made; nothing if the connect was cut short.
-    async fn made(&mut self) -> Option<Made> {
-        (&mut self.receiver).await.ok()
-    }
-}
-
-impl Drop for Arrival {
-    /// What came too late is for the next.
-    fn drop(&mut self) {
-        self.receiver.close();
-        if let Ok(made) = self.receiver.try_recv() {
-            self.arrivals.hand_over(made);
-        }
-    }
-}
-
-/// A connect under way, which has its place.
-struct Attempt {
-    arrivals: Arc<Arrivals>,
-    place: Arc<Place>,
-    ended: bool,
-}
-
-impl Attempt {
-    fn new(arrivals: &Arc<Arrivals>, place: Arc<Place>) -> Self {
-        lock(&arrivals.hall).under_way.insert(place.number(), Instant::now());
-        Self { arrivals: Arc::clone(arrivals), place, ended: false }
-    }
-
-    fn end(mut self, made: Made) {
-        *lock(&self.arrivals.last_error) = made.as_ref().err().cloned();
-        self.ended = true;
-        lock(&self.arrivals.hall).under_way.remove(&self.place.number());
-        self.arrivals.hand_over(made);
-    }
-}
-
-impl Drop for Attempt {
-    /// Cut short, it leaves a caller who has to look elsewhere.
-    fn drop(&mut self) {
-        if !self.ended {
-            let mut hall = lock(&self.arrivals.hall);
-            hall.under_way.remove(&self.place.number());
-            hall.waiting.retain(|caller| !caller.is_closed());
-            drop(hall.waiting.pop_front());
         }
     }
 }
@@ -397,8 +257,7 @@ impl Manager for ConnectionManager {
 
     async fn create(&self) -> Result<Box<Connection>, Self::Error> {
         loop {
-            let ready = lock(&self.arrivals.hall).ready.pop();
-            match ready {
+            match self.arrivals.take_ready() {
                 Some(connection) if self.check(&connection).await.is_ok() => return Ok(Box::new(connection)),
                 Some(_) => {}
                 // Boxed: it is large and seldom needed, and every acquire would carry it along, several times over.
@@ -445,78 +304,5 @@ impl<'a> Counted<'a> {
 impl Drop for Counted<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Relaxed);
-    }
-}
-
-/// Every open connection of a pool, lent or not: what closing has to wait for, and may have to cut; and the places that
-/// they take, with those that are on their way in or out.
-#[derive(Debug)]
-pub(crate) struct Register {
-    open: Mutex<HashMap<u64, Arc<Shell>>>,
-    places: Arc<Places>,
-    /// How long a connection that is given up may take to be gone: to be cancelled, and then to be closed.
-    end_limit: Duration,
-}
-
-impl Register {
-    fn new(config: &SessionConfig) -> Self {
-        Self {
-            open: Mutex::default(),
-            places: Places::new(config.max_size),
-            end_limit: config.cleanup_timeout.saturating_mul(2),
-        }
-    }
-
-    fn add(self: &Arc<Self>, shell: &Arc<Shell>, place: u64) -> Registration {
-        lock(&self.open).insert(place, Arc::clone(shell));
-        Registration { register: Arc::clone(self), place }
-    }
-
-    /// A number that no other living pool has.
-    pub(crate) fn id(self: &Arc<Self>) -> usize {
-        Arc::as_ptr(self) as usize
-    }
-
-    /// Waits until none is open, and the server is done with all of them.
-    pub(crate) async fn empty(&self) {
-        self.places.empty(|| lock(&self.open).is_empty()).await;
-    }
-
-    /// Cuts all that are open; returns how many.
-    pub(crate) fn cut(&self, reason: &'static str) -> usize {
-        let open = lock(&self.open);
-        for shell in open.values() {
-            shell.cut(reason);
-        }
-        open.len()
-    }
-}
-
-/// A connection's entry in the register, for as long as the connection lives.
-#[derive(Debug)]
-pub(crate) struct Registration {
-    register: Arc<Register>,
-    place: u64,
-}
-
-impl Registration {
-    pub(super) fn pool_id(&self) -> usize {
-        self.register.id()
-    }
-
-    /// The connection is given up: its place is free in a while, whatever becomes of it.
-    fn limit_place(&self) {
-        self.register.places.limit(self.place, self.register.end_limit);
-    }
-
-    async fn place_freed(&self) {
-        self.register.places.freed(self.place).await;
-    }
-}
-
-impl Drop for Registration {
-    fn drop(&mut self) {
-        lock(&self.register.open).remove(&self.place);
-        self.limit_place();
     }
 }

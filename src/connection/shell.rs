@@ -3,7 +3,7 @@
 use std::fmt;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
@@ -15,6 +15,7 @@ use super::core::Core;
 use crate::config::SessionConfig;
 use crate::connect::{BlockFacts, Fault, Route, Step, Wire};
 use crate::error::{DriverError, Error, ServerError};
+use crate::lock::lock;
 use crate::statements::Statements;
 
 pub(super) const PANICKED: &str = "a panic unwound through it";
@@ -93,13 +94,13 @@ impl Shell {
     pub(super) fn core(&self) -> MutexGuard<'_, Core> {
         // Invariant: no method of the core panics half-way. A parameter's `ToSql` may panic while it is held, which
         // changes nothing in it.
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.core)
     }
 
     #[inline]
     pub(super) fn statements(&self) -> MutexGuard<'_, Statements> {
         // Invariant: the cache does not panic half-way.
-        self.statements.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.statements)
     }
 
     /// Tells everybody who waits for the core to look at it again.
@@ -148,7 +149,7 @@ impl Shell {
     }
 
     fn later(&self) -> MutexGuard<'_, Vec<Step>> {
-        self.later.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.later)
     }
 
     /// The number of a new savepoint. Never used twice: one that could not be set must not be taken for another.
@@ -268,7 +269,7 @@ impl Shell {
     }
 
     fn aftermath(&self) -> MutexGuard<'_, Option<Aftermath>> {
-        self.aftermath.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.aftermath)
     }
 
     /// Has this done once it is known what became of the COMMIT that is under way.

@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::task::{Poll, ready};
 
 use bytes::Bytes;
@@ -115,6 +115,28 @@ impl Connection {
         match sql.source() {
             Source::Prepared(statement) => Ok(statement.clone()),
             Source::Text(text) => self.prepare_for(request, text, true).await,
+        }
+    }
+
+    /// One round trip, which does nothing.
+    pub(crate) async fn ping(&self) -> Result<(), Error> {
+        let mut request = self.request(Use::Shared).await?;
+        let call = std::pin::pin!(self.client.check_connection());
+        let result = request.send(call, |_| ()).await;
+        request.end(result).await
+    }
+
+    /// The raw client, once nothing is under way. Whatever it is used for, the connection counts as dirty.
+    pub(crate) async fn lend_client(&mut self) -> Result<&mut tokio_postgres::Client, Error> {
+        self.claim().await?;
+        self.request(Use::Group).await?.finish();
+        self.shell.core().lend();
+        self.wire().set_raw(true);
+        self.shell.mark_dirty();
+        match Arc::get_mut(&mut self.client) {
+            Some(client) => Ok(client),
+            // Only what drains or prepares has another handle, and it lets go before a request is granted.
+            None => Err(self.shell.lost("its client is still in use")),
         }
     }
 

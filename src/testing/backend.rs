@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -21,6 +21,7 @@ use tokio::{
 use tokio_postgres::{NoTls, config::Host};
 
 use super::frames::{Frame, Io, Peer, Stream, columns, error_field, split_zero};
+use crate::lock::lock;
 
 /// How long one server address may take to answer.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -111,11 +112,6 @@ impl Address {
 
 /// What the server reported of itself at start-up, kept up to date: ParameterStatus by name.
 pub(super) type Parameters = Arc<Mutex<BTreeMap<Bytes, Bytes>>>;
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing panics while one is held; a poisoned one is as good as any.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A connection to the server. What it is in the middle of is kept here, so that whoever holds it next can bring it to
 /// rest.

@@ -6,13 +6,13 @@ use postgres_protocol::escape::escape_literal;
 use tokio::time::sleep;
 
 use super::{
-    backend::lock,
     client::{Conversation, End},
     frames::Report,
     relay::Common,
     simple::Completions,
     sql::{Modes, SqlStatement},
 };
+use crate::lock::lock;
 
 /// What the outer transaction's savepoint is called.
 const SAVEPOINT: &str = "pg_session_sandbox";

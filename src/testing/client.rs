@@ -13,12 +13,13 @@ use tokio::{
 };
 
 use super::{
-    backend::{Address, Backend, Outcome, lock},
+    backend::{Address, Backend, Outcome},
     block::Block,
     frames::{Frame, Peer, Report, put, split_zero},
     prepared::{Portal, Prepared},
     relay::{Entry, Shared},
 };
+use crate::lock::lock;
 
 /// How long a client that is told goodbye may take to read it.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);

@@ -10,10 +10,10 @@ use tokio_postgres::error::SqlState;
 
 use super::{
     SandboxError,
-    backend::lock,
     relay::{Mode, Relay},
 };
 use crate::config::SessionConfig;
+use crate::lock::lock;
 use crate::manager::SessionManager;
 
 /// Makes statements, commits and acquires go wrong, and counts them; of a [`Sandbox`](super::Sandbox) or a

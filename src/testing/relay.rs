@@ -19,12 +19,13 @@ use tokio_postgres::config::SslMode;
 
 use super::{
     Faults, SandboxError,
-    backend::{Backend, LogInError, Parameters, lock},
+    backend::{Backend, LogInError, Parameters},
     client,
     frames::error_field,
     sql::Level,
 };
 use crate::config::SessionConfig;
+use crate::lock::lock;
 
 /// How long dropping the relay may hold up the test.
 const DROP_LIMIT: Duration = Duration::from_secs(5);

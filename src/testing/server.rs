@@ -5,7 +5,7 @@ use std::{
     fs,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -16,6 +16,7 @@ use super::{
     cluster::{Cluster, Place},
     run::Run,
 };
+use crate::lock::lock;
 
 /// Everything but RFC 3986's unreserved characters.
 const URL_PART: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
@@ -199,7 +200,7 @@ impl PgServer {
     /// Where the template of this name is, or will be.
     pub(super) fn template_cell(&self, name: &str) -> TemplateCell {
         // A panic elsewhere cannot have left the map half changed.
-        let mut templates = self.templates.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut templates = lock(&self.templates);
         templates.entry(name.to_owned()).or_default().clone()
     }
 

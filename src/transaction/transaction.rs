@@ -6,7 +6,7 @@ use std::ops::Deref;
 use std::panic::AssertUnwindSafe;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::task::Poll;
 
 use super::begin;
@@ -14,6 +14,7 @@ use super::outcome::{Answer, Outcome, after_commit};
 use crate::connect::Step;
 use crate::connection::Connection;
 use crate::error::Error;
+use crate::lock::lock;
 use crate::observe;
 use crate::options::TransactionOptions;
 
@@ -125,11 +126,11 @@ impl<'a> Transaction<'a> {
     }
 
     pub(super) fn set_refusal(&self, error: Error) {
-        *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        *lock(&self.refusal) = Some(error);
     }
 
     pub(super) fn take_refusal(&self) -> Option<Error> {
-        self.refusal.lock().unwrap_or_else(PoisonError::into_inner).take()
+        lock(&self.refusal).take()
     }
 
     /// Begins again after a failed attempt; the ROLLBACK of the old one rides along.
@@ -142,7 +143,7 @@ impl<'a> Transaction<'a> {
     }
 
     fn hooks(&self) -> MutexGuard<'_, Vec<Hook>> {
-        self.hooks.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.hooks)
     }
 
     /// Which run of the closure this is; the first is 1.
