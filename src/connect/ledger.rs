@@ -78,10 +78,11 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::super::exchange::READY;
+    use super::super::faults::Fault;
     use super::super::flight::{Kind, Step};
     use super::super::frames::tests::{frame, tags};
     use super::super::outgoing::{FLUSH, SYNC};
-    use super::super::wire::{Begin, Fault, TransactionStatus};
+    use super::super::wire::{Begin, TransactionStatus};
     use super::*;
 
     /// A ledger past start-up, and its wire.

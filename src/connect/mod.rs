@@ -2,6 +2,7 @@
 
 mod dial;
 mod exchange;
+mod faults;
 mod flight;
 mod frames;
 mod incoming;
@@ -14,9 +15,10 @@ mod stream;
 mod wire;
 
 pub(crate) use dial::{Route, dial};
+pub(crate) use faults::Fault;
 pub(crate) use flight::{Kind, Rows, Step};
 #[cfg(feature = "testing")]
 pub(crate) use frames::extent;
 pub(crate) use place::{Place, Places};
 pub(crate) use stream::Observed;
-pub(crate) use wire::{Begin, BlockFacts, Fault, TransactionStatus, Wire};
+pub(crate) use wire::{Begin, BlockFacts, TransactionStatus, Wire};

@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio_postgres::error::SqlState;
 
+use super::faults::{Fault, Faults, parse_error};
 use super::flight::{self, Flight, Kind, Rows, Step};
 use crate::error::ServerError;
 use crate::lock::lock;
@@ -98,17 +98,6 @@ pub(crate) enum Begin {
     Over,
 }
 
-/// Why a transaction must not be committed.
-#[derive(Clone, Debug)]
-pub(crate) enum Fault {
-    /// The server refused a statement.
-    Server(Arc<ServerError>),
-    /// A statement was dropped before it was answered.
-    Abandoned,
-    /// Some rows of `execute_many` may have been stored, and others were never sent.
-    Halfway,
-}
-
 /// Everything that was read off the wire about one transaction.
 #[derive(Clone, Debug)]
 pub(crate) struct BlockFacts {
@@ -142,20 +131,11 @@ pub(crate) struct Wire {
     /// Somebody waits for an answer to be complete.
     watched: AtomicU32,
     progress: Notify,
-    record: Mutex<Record>,
+    faults: Mutex<Faults>,
     /// Whether something waits in `next`, which is looked at for every write.
     has_next: AtomicBool,
     next: Mutex<Flight>,
     rows: Mutex<Rowed>,
-}
-
-/// The errors of the transaction under way, and the one that ended the connection.
-#[derive(Debug, Default)]
-struct Record {
-    faults: Vec<Fault>,
-    forgiven: Vec<Arc<ServerError>>,
-    last: Option<Arc<ServerError>>,
-    fatal: Option<Arc<ServerError>>,
 }
 
 /// What has come back so far of the rows that went ahead last.
@@ -166,9 +146,6 @@ pub(crate) struct Rowed {
     /// How many rows of the database they touched.
     pub(crate) affected: u64,
 }
-
-/// Enough errors to name a cause; a transaction can fail in a loop of savepoints for as long as it likes.
-const RECORD_LIMIT: usize = 16;
 
 impl Wire {
     #[inline]
@@ -220,7 +197,7 @@ impl Wire {
 
     /// The FATAL error with which the server ended the connection.
     pub(crate) fn fatal(&self) -> Option<Arc<ServerError>> {
-        if self.has(FATAL) { lock(&self.record).fatal.clone() } else { None }
+        if self.has(FATAL) { lock(&self.faults).fatal.clone() } else { None }
     }
 
     /// How many errors the server has sent.
@@ -230,7 +207,7 @@ impl Wire {
 
     /// The last error, if there was one since there were so many.
     pub(crate) fn error_since(&self, errors: u32) -> Option<Arc<ServerError>> {
-        if self.errors() == errors { None } else { lock(&self.record).last.clone() }
+        if self.errors() == errors { None } else { lock(&self.faults).last.clone() }
     }
 
     /// Whether the connection is over: the server said so, or it is closed.
@@ -469,9 +446,7 @@ impl Wire {
 impl Wire {
     /// Starts a new transaction's record.
     pub(crate) fn record(&self) {
-        let mut record = lock(&self.record);
-        record.faults.clear();
-        record.forgiven.clear();
+        lock(&self.faults).clear();
         let kept = self.happened.load(SeqCst) & !TRANSACTION;
         self.happened.store(kept | RECORDING, SeqCst);
     }
@@ -491,10 +466,7 @@ impl Wire {
     /// Puts a fault of our own on record: the transaction must not be committed.
     pub(crate) fn note(&self, fault: Fault) {
         if self.has(RECORDING) {
-            let mut record = lock(&self.record);
-            if record.faults.len() < RECORD_LIMIT {
-                record.faults.push(fault);
-            }
+            lock(&self.faults).note(fault);
             self.happen(NOTED);
         }
     }
@@ -520,27 +492,24 @@ impl Wire {
 
     /// How many faults the transaction has and has not rolled back to before.
     pub(crate) fn mark(&self) -> usize {
-        if self.has(RECORDING) { lock(&self.record).faults.len() } else { 0 }
+        if self.has(RECORDING) { lock(&self.faults).mark() } else { 0 }
     }
 
     /// Forgets the faults since `mark`: ROLLBACK TO SAVEPOINT undid what they broke. Serialization failures and deadlocks
     /// stay on a list of their own, since they come back after it (40001), or may be what the closure fails with in the
     /// end.
     pub(crate) fn forgive(&self, mark: usize) {
-        let mut record = lock(&self.record);
-        let from = mark.min(record.faults.len());
-        let faults = record.faults.split_off(from);
-        record.remember(faults);
+        lock(&self.faults).forgive(mark);
     }
 
     /// What broke the transaction since `mark`: the first, and never 25P02, which is only its symptom.
     pub(crate) fn fault(&self, mark: usize) -> Option<Fault> {
-        if self.has(RECORDING) { lock(&self.record).faults.get(mark).cloned() } else { None }
+        if self.has(RECORDING) { lock(&self.faults).since(mark) } else { None }
     }
 
     /// A serialization failure or deadlock that a savepoint was rolled back for.
     pub(crate) fn forgiven(&self) -> Option<Arc<ServerError>> {
-        if self.has(RECORDING) { lock(&self.record).forgiven.first().cloned() } else { None }
+        if self.has(RECORDING) { lock(&self.faults).forgiven() } else { None }
     }
 
     /// All that is known of the transaction under way.
@@ -549,8 +518,8 @@ impl Wire {
         let has = |what: u32| happened & what != 0;
         // Seldom is there anything on record.
         let (fault, fatal) = if has(ERRORS | NOTED | FATAL) {
-            let record = lock(&self.record);
-            (record.faults.first().cloned(), record.fatal.clone())
+            let faults = lock(&self.faults);
+            (faults.since(0), faults.fatal.clone())
         } else {
             (None, None)
         };
@@ -566,18 +535,6 @@ impl Wire {
             status: self.status(),
             fault,
             fatal,
-        }
-    }
-}
-
-impl Record {
-    fn remember(&mut self, faults: Vec<Fault>) {
-        for fault in faults {
-            if let Fault::Server(e) = fault {
-                if e.code.code().starts_with("40") && self.forgiven.len() < RECORD_LIMIT {
-                    self.forgiven.push(e);
-                }
-            }
         }
     }
 }
@@ -618,11 +575,7 @@ impl Wire {
             // The block is good, so whatever failed in it was rolled back to before.
             b'T' if happened & ERRORS != 0 => {
                 self.undo(ERRORS);
-                let mut record = lock(&self.record);
-                let (server, ours) =
-                    record.faults.drain(..).partition(|fault| matches!(fault, Fault::Server(_)));
-                record.faults = ours;
-                record.remember(server);
+                lock(&self.faults).forgive_the_servers();
             }
             _ => {}
         }
@@ -657,19 +610,9 @@ impl Wire {
     pub(super) fn on_error(&self, body: &[u8]) -> Arc<ServerError> {
         let error = Arc::new(parse_error(body));
         self.errors.fetch_add(1, Relaxed);
-        let mut record = lock(&self.record);
-        record.last = Some(Arc::clone(&error));
-        if error.fatal {
-            record.fatal.get_or_insert_with(|| Arc::clone(&error));
-        }
-        if self.has(RECORDING)
-            && error.code != SqlState::IN_FAILED_SQL_TRANSACTION
-            && record.faults.len() < RECORD_LIMIT
-        {
-            record.faults.push(Fault::Server(Arc::clone(&error)));
+        if lock(&self.faults).on_error(&error, self.has(RECORDING)) {
             self.happen(ERRORS);
         }
-        drop(record);
         if error.fatal {
             // No ReadyForQuery follows it.
             self.happen(FATAL);
@@ -682,34 +625,6 @@ impl Wire {
         self.happen(CLOSED);
         self.progress.notify_waiters();
     }
-}
-
-/// Reads the fields that are kept (manual, chapter 54.8).
-fn parse_error(mut body: &[u8]) -> ServerError {
-    let mut error = ServerError {
-        fatal: false,
-        code: SqlState::INTERNAL_ERROR,
-        message: "".into(),
-        constraint: None,
-        routine: None,
-    };
-    while let [kind, rest @ ..] = body {
-        if *kind == 0 {
-            break;
-        }
-        let end = rest.iter().position(|b| *b == 0).unwrap_or(rest.len());
-        let value = String::from_utf8_lossy(&rest[..end]);
-        match kind {
-            b'V' => error.fatal = matches!(&*value, "FATAL" | "PANIC"),
-            b'C' => error.code = SqlState::from_code(&value),
-            b'M' => error.message = value.into(),
-            b'n' => error.constraint = Some(value.into()),
-            b'R' => error.routine = Some(value.into()),
-            _ => {}
-        }
-        body = rest.get(end + 1..).unwrap_or_default();
-    }
-    error
 }
 
 #[cfg(test)]
