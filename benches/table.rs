@@ -10,9 +10,10 @@ use std::process::ExitCode;
 
 use kit::Failure;
 use kit::contender::{Contender, bare::TokioPostgres, deadpool::Deadpool, ours::PgSession};
+use tokio::runtime::Runtime;
 
 fn main() -> ExitCode {
-    kit::main("table", run())
+    kit::main("table", Runtime::new(), run())
 }
 
 async fn run() -> Result<(), Failure> {
