@@ -1,106 +1,100 @@
-//! What `scripts/instructions` runs under valgrind: N times one operation by the bare driver, by this crate or by
-//! deadpool-postgres. The server is another process, named by `DATABASE_URL`; with `serve` this program is that process.
+//! What `scripts/instructions` runs under valgrind: one operation, N times, on one connection of one of the kit's
+//! contenders. The server is another process, named by `DATABASE_URL`; with `serve` this program is that process.
 
-mod contenders;
+mod kit;
 
-use std::hint::black_box;
+use std::env;
 use std::io::Read;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use contenders::{Deadpool, Ours, Raw, database, deadpool, runtime, sessions};
-use pg_session::testing::PgServer;
+use kit::Failure;
+use kit::contender::{bare::Prepared, deadpool, ours};
+use kit::server::{Server, Target};
+use kit::work::Work;
+use tokio::runtime;
+
+const USAGE: &str = "arguments: serve | (raw|session|deadpool) (acquire|query|transaction|batch) N";
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let (who, what, times) = match arguments[..] {
-        ["serve"] => return serve(),
-        [who, what, times] => (who, what, times.parse::<u64>()),
-        _ => ("", "", "".parse()),
-    };
-    let known = match times {
-        Ok(times) => runtime().block_on(run(who, what, times)),
-        Err(_) => false,
-    };
-    if known {
-        return ExitCode::SUCCESS;
-    }
-    eprintln!("usage: instructions serve | (raw|session|deadpool) (acquire|query|transaction|batch) N");
-    ExitCode::from(2)
+    // One thread for all: what is counted, the driver's task, and nothing else.
+    kit::main("instructions", runtime::Builder::new_current_thread().enable_all().build(), run())
 }
 
-/// Whether there is such an operation; the bare driver has nothing to acquire, and deadpool-postgres no batch.
-async fn run(who: &str, what: &str, times: u64) -> bool {
+async fn run() -> Result<(), Failure> {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["serve"] => serve().await,
+        [who, what, times] => operate(who, what, times.parse()?).await,
+        _ => Err(USAGE.into()),
+    }
+}
+
+/// Prints the URL of a database with the kit's tables; it lives until standard input ends.
+async fn serve() -> Result<(), Failure> {
+    let server = Server::find().await?;
+    Work::create_tables(&server.client, 1, false).await?;
+    println!("{}", server.direct.url());
+    // An error ends it as well.
+    let _ = std::io::stdin().read(&mut [0]);
+    Ok(())
+}
+
+/// The bare driver has nothing to acquire, and deadpool-postgres no batch.
+async fn operate(who: &str, what: &str, times: u64) -> Result<(), Failure> {
     // Every service has some timer, and the runtime does more at every turn for the first one. The pool has one for
     // its upkeep; the driver alone would be measured in a runtime that nobody has.
     tokio::spawn(tokio::time::sleep(Duration::from_secs(24 * 3600)));
-    let database = database().await;
-    let url = database.url();
+    let target = Target::at(&env::var("DATABASE_URL")?)?;
     match (who, what) {
         ("session", "acquire") => {
-            let sessions = sessions(url);
-            repeat(times, async || drop(black_box(sessions.acquire().await.expect("a session")))).await;
+            let sessions = ours::sessions(&target)?;
+            repeat(times, async || Ok(sessions.acquire().await.map(drop)?)).await
         }
         ("deadpool", "acquire") => {
-            let pool = deadpool(url);
-            repeat(times, async || drop(black_box(pool.get().await.expect("a client")))).await;
+            let pool = deadpool::pool(&target)?;
+            repeat(times, async || Ok(pool.get().await.map(drop)?)).await
         }
         ("raw", "query") => {
-            let mut raw = Raw::new(url).await;
-            repeat(times, async || _ = black_box(raw.select().await)).await;
+            let client = Prepared::connect(&target, Work::Read).await?;
+            repeat(times, async || client.read().await).await
         }
         ("session", "query") => {
-            let mut ours = Ours::new(&sessions(url)).await;
-            repeat(times, async || _ = black_box(ours.select().await)).await;
+            let session = ours::sessions(&target)?.acquire().await?;
+            repeat(times, async || ours::read(&session).await).await
         }
         ("deadpool", "query") => {
-            let mut pooled = Deadpool::new(&deadpool(url)).await;
-            repeat(times, async || _ = black_box(pooled.select().await)).await;
+            let client = deadpool::pool(&target)?.get().await?;
+            repeat(times, async || deadpool::read_cached(&client).await).await
         }
         ("raw", "transaction") => {
-            let mut raw = Raw::new(url).await;
-            repeat(times, async || raw.transaction(1).await).await;
+            let mut client = Prepared::connect(&target, Work::Update).await?;
+            repeat(times, async || client.update().await).await
         }
         ("session", "transaction") => {
-            let mut ours = Ours::new(&sessions(url)).await;
-            repeat(times, async || ours.transaction(1).await).await;
-        }
-        ("raw", "batch") => {
-            let mut raw = Raw::new(url).await;
-            repeat(times, async || raw.pipelined().await).await;
-        }
-        ("session", "batch") => {
-            let mut ours = Ours::new(&sessions(url)).await;
-            repeat(times, async || ours.batch().await).await;
+            let mut session = ours::sessions(&target)?.acquire().await?;
+            repeat(times, async || Ok(session.transaction(ours::update).await?)).await
         }
         ("deadpool", "transaction") => {
-            let mut pooled = Deadpool::new(&deadpool(url)).await;
-            repeat(times, async || pooled.transaction(1).await).await;
+            let mut client = deadpool::pool(&target)?.get().await?;
+            repeat(times, async || deadpool::update_cached(&mut client).await).await
         }
-        _ => return false,
+        ("raw", "batch") => {
+            let client = Prepared::connect(&target, Work::Update).await?;
+            repeat(times, async || client.update_pipelined().await).await
+        }
+        ("session", "batch") => {
+            let mut session = ours::sessions(&target)?.acquire().await?;
+            repeat(times, async || ours::update_batch(session.batch()).await).await
+        }
+        _ => Err(USAGE.into()),
     }
-    true
 }
 
-async fn repeat(times: u64, mut operation: impl AsyncFnMut()) {
+async fn repeat(times: u64, mut operation: impl AsyncFnMut() -> Result<(), Failure>) -> Result<(), Failure> {
     for _ in 0..times {
-        operation().await;
+        operation().await?;
     }
-}
-
-/// Prints the URL of a server that lives until standard input ends.
-fn serve() -> ExitCode {
-    match PgServer::start() {
-        Ok(server) => {
-            println!("{}", server.url());
-            // An error ends it as well.
-            let _ = std::io::stdin().read(&mut [0]);
-            ExitCode::SUCCESS
-        }
-        Err(e) => {
-            eprintln!("instructions: {e}");
-            ExitCode::FAILURE
-        }
-    }
+    Ok(())
 }

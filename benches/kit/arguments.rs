@@ -18,7 +18,9 @@ pub struct Plan {
     pub rows: usize,
     pub delayed_rows: usize,
     /// How many tasks read at once, one after the other.
-    pub tasks: Vec<usize>,
+    pub sweep: Vec<usize>,
+    /// How many tasks do the other work, in place of its own number. Fairness keeps its own.
+    pub tasks: Option<usize>,
     /// Names of work; all if there is none.
     pub only: Vec<String>,
 }
@@ -33,7 +35,8 @@ impl Plan {
             scale: 20,
             rows: 10_000,
             delayed_rows: 1000,
-            tasks: vec![1, 2, 4, 8, 16, 32, 64, 128, 256],
+            sweep: vec![1, 2, 4, 8, 16, 32, 64, 128, 256],
+            tasks: None,
             only: Vec::new(),
         }
     }
@@ -46,7 +49,7 @@ impl Plan {
             warm_up: warm_up(time),
             rows: 2000,
             delayed_rows: 100,
-            tasks: vec![256],
+            sweep: vec![256],
             ..Self::full()
         }
     }
@@ -55,7 +58,7 @@ impl Plan {
     fn test() -> Self {
         let time = Duration::from_millis(10);
         let few =
-            Self { rounds: 1, scale: 1, rows: 100, delayed_rows: 10, tasks: vec![1, 256], ..Self::short() };
+            Self { rounds: 1, scale: 1, rows: 100, delayed_rows: 10, sweep: vec![1, 256], ..Self::short() };
         Self { time, warm_up: warm_up(time), ..few }
     }
 
@@ -78,6 +81,7 @@ impl Plan {
                 "--bench" | "--test" | "--short" => {}
                 "--only" => plan.only.extend(value()?.split(',').map(str::to_owned)),
                 "--rounds" => plan.rounds = value()?.parse()?,
+                "--tasks" => plan.tasks = Some(value()?.parse()?),
                 "--seconds" => {
                     plan.time = Duration::try_from_secs_f64(value()?.parse()?)?;
                     plan.warm_up = warm_up(plan.time);
@@ -88,8 +92,8 @@ impl Plan {
         if let Some(unknown) = plan.only.iter().find(|only| !names.contains(&only.as_str())) {
             return Err(format!("no work has the name {unknown}\n{}", usage(names)).into());
         }
-        if plan.rounds == 0 {
-            return Err("--rounds must be 1 or more".into());
+        if plan.rounds == 0 || plan.tasks == Some(0) {
+            return Err("--rounds and --tasks must be 1 or more".into());
         }
         Ok(plan)
     }
@@ -115,6 +119,7 @@ fn warm_up(time: Duration) -> Duration {
 fn usage(names: &[&str]) -> String {
     format!(
         "arguments: --only WORK[,WORK…], --rounds N (5), --seconds S (1, for each contender in each round), \
+         --tasks N (in place of each work's own number; tasks and fairness keep theirs), \
          --short (3 rounds of 0.05 s, fewer rows and numbers of tasks), --test (to see that it works)\nwork: {}",
         names.join(", ")
     )

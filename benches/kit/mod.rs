@@ -1,5 +1,5 @@
-//! What the crate's own table and the peers' share: the work, who does it, the load, the rounds and the report.
-#![allow(dead_code, reason = "the table and the peers each use a part of it")]
+//! What the benches share: the work, who does it, the load, the rounds and the report.
+#![allow(dead_code, reason = "each program uses a part of it")]
 #![allow(missing_docs, unreachable_pub, reason = "it is part of programs, not of the crate")]
 
 pub mod arguments;
@@ -14,6 +14,7 @@ pub mod server;
 pub mod work;
 
 use std::error::Error;
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -22,14 +23,18 @@ use contender::Contender;
 use report::Report;
 use section::{NAMES, Section};
 use server::Server;
+use tokio::runtime::Runtime;
 use work::Work;
 
 pub type Failure = Box<dyn Error + Send + Sync>;
 
-/// What both programs' `main` does.
-pub fn main(program: &str, run: impl Future<Output = Result<(), Failure>>) -> ExitCode {
-    let runtime = tokio::runtime::Runtime::new().map_err(Failure::from);
-    match runtime.and_then(|runtime| runtime.block_on(run)) {
+/// What each program's `main` does.
+pub fn main(
+    program: &str,
+    runtime: io::Result<Runtime>,
+    run: impl Future<Output = Result<(), Failure>>,
+) -> ExitCode {
+    match runtime.map_err(Failure::from).and_then(|runtime| runtime.block_on(run)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("{program}: {}", chain(e.as_ref()));

@@ -21,17 +21,18 @@ pub struct Section {
 impl Section {
     pub fn all(plan: &Plan) -> Vec<Self> {
         let section = |name, work, tasks| Self { name, work, tasks, delayed: false, rows: plan.rows };
+        let tasks = |own| plan.tasks.unwrap_or(own);
         let near = [
-            section("acquire", Work::Acquire, 1),
-            section("read", Work::Read, 64),
-            section("update", Work::Update, 64),
-            section("tpcb", Work::TpcB, 64),
-            section("insert", Work::Insert, 1),
-            section("counter", Work::Counter, 32),
+            section("acquire", Work::Acquire, tasks(1)),
+            section("read", Work::Read, tasks(64)),
+            section("update", Work::Update, tasks(64)),
+            section("tpcb", Work::TpcB, tasks(64)),
+            section("insert", Work::Insert, tasks(1)),
+            section("counter", Work::Counter, tasks(32)),
         ];
-        let tasks = plan.tasks.iter().map(|tasks| section("tasks", Work::Read, *tasks));
+        let sweep = plan.sweep.iter().map(|tasks| section("tasks", Work::Read, *tasks));
         let fairness = section("fairness", Work::Read, 1000);
-        let both = near.into_iter().chain(tasks).chain([fairness]).flat_map(|near| {
+        let both = near.into_iter().chain(sweep).chain([fairness]).flat_map(|near| {
             let far = Self { delayed: true, rows: plan.delayed_rows, ..near.clone() };
             [near, far]
         });

@@ -22,7 +22,8 @@ pub struct Target {
 }
 
 impl Target {
-    fn from_config(config: &Config) -> Result<Self, Failure> {
+    pub fn at(url: &str) -> Result<Self, Failure> {
+        let config: Config = url.parse()?;
         let port = config.get_ports().first().copied().unwrap_or(5432);
         let address = match (config.get_hostaddrs().first(), config.get_hosts().first()) {
             (Some(address), _) => (*address, port).into(),
@@ -72,7 +73,7 @@ impl Server {
             Ok(url) if !url.is_empty() => TestDatabase::create_at(&url).await?,
             _ => TestDatabase::create(PgServer::shared()?).await?,
         };
-        let direct = Target::from_config(&database.url().parse()?)?;
+        let direct = Target::at(database.url())?;
         let proxy = Proxy::start(direct.address)?;
         let delayed = Target { address: proxy.address(), ..direct.clone() };
         let client = direct.connect().await?;

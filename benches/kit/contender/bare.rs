@@ -15,6 +15,7 @@ use tokio_postgres::{Client, IsolationLevel, Statement};
 use super::{Contender, Running, Turn, Way};
 use crate::kit::Failure;
 use crate::kit::load::Sample;
+use crate::kit::server::Target;
 use crate::kit::work::{CONNECTIONS, Transfer, Work, entries, random_item};
 
 pub struct TokioPostgres;
@@ -45,10 +46,44 @@ impl Contender for TokioPostgres {
     }
 }
 
-/// A client with the statements of the work.
-struct Prepared {
+/// A client with the statements of its work.
+pub struct Prepared {
     client: Client,
     statements: Vec<Statement>,
+}
+
+impl Prepared {
+    pub async fn connect(target: &Target, work: Work) -> Result<Self, Failure> {
+        let client = target.connect().await?;
+        let mut statements = Vec::new();
+        for sql in work.statements() {
+            statements.push(client.prepare(sql).await?);
+        }
+        Ok(Self { client, statements })
+    }
+
+    pub async fn read(&self) -> Result<(), Failure> {
+        self.client.query_one(&self.statements[0], &[&random_item()]).await?.try_get::<_, i64>(0)?;
+        Ok(())
+    }
+
+    pub async fn update(&mut self) -> Result<(), Failure> {
+        let tx = self.client.transaction().await?;
+        tx.execute(&self.statements[0], &[&1i64, &random_item()]).await?;
+        Ok(tx.commit().await?)
+    }
+
+    /// Sent in this order, and answered in one flight. A COMMIT that became ROLLBACK goes unseen, unless a statement
+    /// failed.
+    pub async fn update_pipelined(&self) -> Result<(), Failure> {
+        let parameters: [&(dyn ToSql + Sync); 2] = [&1i64, &random_item()];
+        try_join!(
+            self.client.batch_execute("BEGIN"),
+            self.client.execute(&self.statements[0], &parameters),
+            self.client.batch_execute("COMMIT"),
+        )?;
+        Ok(())
+    }
 }
 
 /// Clients that wait to be handed out.
@@ -62,7 +97,7 @@ impl Clients {
     async fn connect(turn: &Turn) -> Result<Self, Failure> {
         let mut idle = Vec::new();
         for _ in 0..CONNECTIONS {
-            idle.push(connect(turn).await?);
+            idle.push(Prepared::connect(&turn.target, turn.work).await?);
         }
         Ok(Self { free: Arc::new(Semaphore::new(idle.len())), idle: Arc::new(Mutex::new(idle)) })
     }
@@ -80,15 +115,6 @@ impl Clients {
     }
 }
 
-async fn connect(turn: &Turn) -> Result<Prepared, Failure> {
-    let client = turn.target.connect().await?;
-    let mut statements = Vec::new();
-    for sql in turn.work.statements() {
-        statements.push(client.prepare(sql).await?);
-    }
-    Ok(Prepared { client, statements })
-}
-
 async fn run(turn: &Turn) -> Result<Sample, Failure> {
     let (load, scale, rows) = (&turn.load, turn.scale, turn.rows);
     let clients = Clients::connect(turn).await?;
@@ -96,8 +122,7 @@ async fn run(turn: &Turn) -> Result<Sample, Failure> {
         (Work::Read, "prepared") => {
             let sample = load.run(clients, |clients| async move {
                 let prepared = clients.take().await?;
-                let row = prepared.client.query_one(&prepared.statements[0], &[&random_item()]).await?;
-                row.try_get::<_, i64>(0)?;
+                prepared.read().await?;
                 clients.give(prepared);
                 Ok(())
             });
@@ -111,19 +136,14 @@ async fn run(turn: &Turn) -> Result<Sample, Failure> {
             }
             let state = (Arc::new(shared), Arc::new(AtomicUsize::new(0)));
             let sample = load.run(state, |(shared, next)| async move {
-                let prepared = &shared[next.fetch_add(1, Relaxed) % shared.len()];
-                let row = prepared.client.query_one(&prepared.statements[0], &[&random_item()]).await?;
-                row.try_get::<_, i64>(0)?;
-                Ok(())
+                shared[next.fetch_add(1, Relaxed) % shared.len()].read().await
             });
             sample.await
         }
         (Work::Update, "prepared") => {
             let sample = load.run(clients, |clients| async move {
                 let mut prepared = clients.take().await?;
-                let tx = prepared.client.transaction().await?;
-                tx.execute(&prepared.statements[0], &[&1i64, &random_item()]).await?;
-                tx.commit().await?;
+                prepared.update().await?;
                 clients.give(prepared);
                 Ok(())
             });
@@ -132,15 +152,7 @@ async fn run(turn: &Turn) -> Result<Sample, Failure> {
         (Work::Update, "pipelined by hand") => {
             let sample = load.run(clients, |clients| async move {
                 let prepared = clients.take().await?;
-                let Prepared { client, statements } = &prepared;
-                let parameters: [&(dyn ToSql + Sync); 2] = [&1i64, &random_item()];
-                // Sent in this order, and answered in one flight. A COMMIT that became ROLLBACK goes unseen, unless a
-                // statement failed.
-                try_join!(
-                    client.batch_execute("BEGIN"),
-                    client.execute(&statements[0], &parameters),
-                    client.batch_execute("COMMIT"),
-                )?;
+                prepared.update_pipelined().await?;
                 clients.give(prepared);
                 Ok(())
             });

@@ -10,6 +10,7 @@ use tokio_postgres::{IsolationLevel, NoTls};
 use super::{ACQUIRES, Contender, Running, Turn, Way};
 use crate::kit::Failure;
 use crate::kit::load::Sample;
+use crate::kit::server::Target;
 use crate::kit::work::{
     CONNECTIONS, COUNTER_READ, COUNTER_WRITE, INSERT, READ, TPC_B, Transfer, UPDATE, Work, entries,
     random_item,
@@ -36,10 +37,27 @@ impl Contender for Deadpool {
     }
 }
 
-async fn run(turn: &Turn) -> Result<Sample, Failure> {
+pub fn pool(target: &Target) -> Result<Pool, Failure> {
     let manager = ManagerConfig { recycling_method: RecyclingMethod::Fast };
-    let manager = Manager::from_config(turn.target.url().parse()?, NoTls, manager);
-    let pool = Pool::builder(manager).max_size(CONNECTIONS).build()?;
+    let manager = Manager::from_config(target.url().parse()?, NoTls, manager);
+    Ok(Pool::builder(manager).max_size(CONNECTIONS).build()?)
+}
+
+pub async fn read_cached(client: &Object) -> Result<(), Failure> {
+    let read = client.prepare_cached(READ).await?;
+    client.query_one(&read, &[&random_item()]).await?.try_get::<_, i64>(0)?;
+    Ok(())
+}
+
+pub async fn update_cached(client: &mut Object) -> Result<(), Failure> {
+    let tx = client.transaction().await?;
+    let update = tx.prepare_cached(UPDATE).await?;
+    tx.execute(&update, &[&1i64, &random_item()]).await?;
+    Ok(tx.commit().await?)
+}
+
+async fn run(turn: &Turn) -> Result<Sample, Failure> {
+    let pool = pool(&turn.target)?;
     let (load, scale, rows) = (&turn.load, turn.scale, turn.rows);
     match (turn.work, turn.way) {
         (Work::Acquire, "get") => {
@@ -60,13 +78,7 @@ async fn run(turn: &Turn) -> Result<Sample, Failure> {
             sample.await
         }
         (Work::Read, "prepare_cached") => {
-            let sample = load.run(pool, |pool| async move {
-                let client = pool.get().await?;
-                let read = client.prepare_cached(READ).await?;
-                client.query_one(&read, &[&random_item()]).await?.try_get::<_, i64>(0)?;
-                Ok(())
-            });
-            sample.await
+            load.run(pool, |pool| async move { read_cached(&pool.get().await?).await }).await
         }
         (Work::Update, "plain") => {
             let sample = load.run(pool, |pool| async move {
@@ -79,15 +91,7 @@ async fn run(turn: &Turn) -> Result<Sample, Failure> {
             sample.await
         }
         (Work::Update, "prepare_cached") => {
-            let sample = load.run(pool, |pool| async move {
-                let mut client = pool.get().await?;
-                let tx = client.transaction().await?;
-                let update = tx.prepare_cached(UPDATE).await?;
-                tx.execute(&update, &[&1i64, &random_item()]).await?;
-                tx.commit().await?;
-                Ok(())
-            });
-            sample.await
+            load.run(pool, |pool| async move { update_cached(&mut pool.get().await?).await }).await
         }
         (Work::TpcB, "plain") => {
             let sample = load.run(pool, move |pool| async move {

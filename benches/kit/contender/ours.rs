@@ -4,11 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use pg_session::{Error, RetryPolicy, SessionConfig, SessionManager, TransactionOptions};
+use pg_session::{
+    Batch, Error, RetryPolicy, Session, SessionConfig, SessionManager, Transaction, TransactionOptions,
+};
 
 use super::{ACQUIRES, Contender, Running, Turn, Way};
 use crate::kit::Failure;
 use crate::kit::load::Sample;
+use crate::kit::server::Target;
 use crate::kit::work::{
     CONNECTIONS, COUNTER_READ, COUNTER_WRITE, INSERT, READ, TPC_B, Transfer, UPDATE, Work, entries,
     random_item,
@@ -39,9 +42,30 @@ impl Contender for PgSession {
     }
 }
 
+pub fn sessions(target: &Target) -> Result<SessionManager, Failure> {
+    let config: SessionConfig = target.url().parse()?;
+    Ok(SessionManager::new(config.max_size(CONNECTIONS))?)
+}
+
+pub async fn read(session: &Session) -> Result<(), Failure> {
+    session.query_one(READ, &[&random_item()]).await?.try_get::<_, i64>(0)?;
+    Ok(())
+}
+
+/// In a closure.
+pub async fn update(tx: &mut Transaction<'_>) -> Result<(), Error> {
+    tx.execute(UPDATE, &[&1i64, &random_item()]).await?;
+    Ok(())
+}
+
+/// In one flight.
+pub async fn update_batch(mut batch: Batch<'_>) -> Result<(), Failure> {
+    let results = batch.push(UPDATE, (1i64, random_item())).run().await?;
+    if results[0].rows_affected() == 1 { Ok(()) } else { Err("no such item".into()) }
+}
+
 async fn run(turn: &Turn) -> Result<Sample, Failure> {
-    let config: SessionConfig = turn.target.url().parse()?;
-    let sessions = SessionManager::new(config.max_size(CONNECTIONS))?;
+    let sessions = sessions(&turn.target)?;
     let (load, scale, rows) = (&turn.load, turn.scale, turn.rows);
     let sample = match (turn.work, turn.way) {
         (Work::Acquire, "acquire") => {
@@ -54,30 +78,18 @@ async fn run(turn: &Turn) -> Result<Sample, Failure> {
             sample.await?.times(ACQUIRES)
         }
         (Work::Read, "query_one") => {
-            let sample = load.run(sessions.clone(), |sessions| async move {
-                let session = sessions.acquire().await?;
-                let row = session.query_one(READ, &[&random_item()]).await?;
-                row.try_get::<_, i64>(0)?;
-                Ok(())
-            });
+            let sample =
+                load.run(sessions.clone(), |sessions| async move { read(&sessions.acquire().await?).await });
             sample.await?
         }
         (Work::Update, "closure") => {
-            let sample = load.run(sessions.clone(), |sessions| async move {
-                let id = random_item();
-                let work = async |tx: &mut pg_session::Transaction<'_>| {
-                    tx.execute(UPDATE, &[&1i64, &id]).await?;
-                    Ok::<_, Error>(())
-                };
-                Ok(sessions.transaction(work).await?)
-            });
+            let sample =
+                load.run(sessions.clone(), |sessions| async move { Ok(sessions.transaction(update).await?) });
             sample.await?
         }
         (Work::Update, "batch, one flight") => {
-            let sample = load.run(sessions.clone(), |sessions| async move {
-                let results = sessions.batch().push(UPDATE, (1i64, random_item())).run().await?;
-                if results[0].rows_affected() == 1 { Ok(()) } else { Err("no such item".into()) }
-            });
+            let sample =
+                load.run(sessions.clone(), |sessions| async move { update_batch(sessions.batch()).await });
             sample.await?
         }
         (Work::Update, "no BEGIN") => {
@@ -91,7 +103,7 @@ async fn run(turn: &Turn) -> Result<Sample, Failure> {
         (Work::TpcB, "closure") => {
             let sample = load.run(sessions.clone(), move |sessions| async move {
                 let Transfer { aid, tid, bid, delta } = Transfer::random(scale);
-                let work = async |tx: &mut pg_session::Transaction<'_>| {
+                let work = async |tx: &mut Transaction<'_>| {
                     tx.execute(TPC_B[0], &[&delta, &aid]).await?;
                     tx.query_one(TPC_B[1], &[&aid]).await?.get::<_, i32>(0);
                     tx.execute(TPC_B[2], &[&delta, &tid]).await?;
@@ -122,7 +134,7 @@ async fn run(turn: &Turn) -> Result<Sample, Failure> {
         }
         (Work::Insert, "loop") => {
             let sample = load.run(sessions.clone(), move |sessions| async move {
-                let work = async |tx: &mut pg_session::Transaction<'_>| {
+                let work = async |tx: &mut Transaction<'_>| {
                     for entry in entries(rows) {
                         tx.execute(INSERT, &[&entry.id, &entry.name, &entry.cents]).await?;
                     }
@@ -156,7 +168,7 @@ async fn run(turn: &Turn) -> Result<Sample, Failure> {
             let options = TransactionOptions::serializable().retry(retry);
             let state = (sessions.clone(), options, attempts.clone());
             let sample = load.run(state, |(sessions, options, attempts)| async move {
-                let work = async |tx: &mut pg_session::Transaction<'_>| {
+                let work = async |tx: &mut Transaction<'_>| {
                     attempts.fetch_add(1, Relaxed);
                     let n: i64 = tx.query_one(COUNTER_READ, &[]).await?.get(0);
                     tx.execute(COUNTER_WRITE, &[&(n + 1)]).await?;

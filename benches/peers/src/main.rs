@@ -17,9 +17,10 @@ use contender::sea_orm::SeaOrm;
 use contender::sqlx::Sqlx;
 use kit::Failure;
 use kit::contender::{Contender, bare::TokioPostgres, deadpool::Deadpool, ours::PgSession};
+use tokio::runtime::Runtime;
 
 fn main() -> ExitCode {
-    kit::main("peers", run())
+    kit::main("peers", Runtime::new(), run())
 }
 
 async fn run() -> Result<(), Failure> {
