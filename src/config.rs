@@ -75,7 +75,10 @@ pub enum Reset {
     ///
     /// That is told from the SQL text: commands such as `SET`, `LISTEN`, `CREATE`, `DO` or `CALL`, the functions that
     /// leave session state, everything sent by `batch_execute`, and any use of the raw client. A function of your own
-    /// that hides such a command inside a plain `SELECT f()` is not seen: choose [`Always`](Self::Always) then.
+    /// that hides such a command inside a plain `SELECT f()` is not seen: choose [`Always`](Self::Always) then. Nor is an
+    /// INSERT that takes a number from a sequence: the next borrower's `lastval()` may tell it. With
+    /// `standard_conforming_strings` off, text may be misread. Whatever is chosen, the seed of `random()` stays: the
+    /// server has no way to undo `setseed`.
     WhenDirty,
     /// After every session: costs one round trip in the background, during which the connection counts as in use.
     Always,

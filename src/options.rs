@@ -96,6 +96,10 @@ impl TransactionOptions {
     /// The name is one or more identifiers of letters, digits and `_`, separated by dots; another makes the
     /// transaction fail with [`Error::Config`] before anything is sent. An unknown parameter or bad value makes the
     /// first statement, which is not run, fail with [`Error::Database`].
+    ///
+    /// It is made by a query (`set_config`), which `SET LOCAL` is not. So under REPEATABLE READ and SERIALIZABLE the
+    /// snapshot is taken before the first statement, also before a LOCK TABLE that waits; SET TRANSACTION ISOLATION LEVEL comes
+    /// too late (25001); and a DEFERRABLE transaction waits for its snapshot before the setting counts.
     #[must_use]
     pub fn local_setting(
         mut self,

@@ -59,7 +59,9 @@ pub(crate) fn split(sql: &str) -> Vec<SqlStatement<'_>> {
                 continue;
             }
             word if parentheses == 0 && makes_routine(&tokens) => {
-                if word.is("begin") || word.is("case") && begins > 0 {
+                // A routine may itself be called "begin".
+                let body = word.is("atomic") && tokens.last().is_some_and(|last| last.is("begin"));
+                if body || word.is("case") && begins > 0 {
                     begins += 1;
                 } else if word.is("end") {
                     begins = begins.saturating_sub(1);
@@ -171,12 +173,26 @@ impl<'a> Scanner<'a> {
                 [b'\\', _, ..] if escapes => self.at += 2,
                 [a, b, ..] if *a == quote && *b == quote => self.at += 2,
                 [a, ..] if *a == quote => {
+                    let end = self.at;
                     self.at += 1;
-                    return &self.sql[start..self.at - 1];
+                    // With a newline in between, a string goes on, and has its escapes there too (manual, chapter 4.1.2).
+                    if escapes && self.goes_on() {
+                        continue;
+                    }
+                    return &self.sql[start..end];
                 }
                 _ => self.at += 1,
             }
         }
+    }
+
+    /// Whether another part of a string follows; `at` is then in it.
+    fn goes_on(&mut self) -> bool {
+        let before = self.at;
+        self.skip_blank();
+        let goes_on = self.sql[before..self.at].contains(['\n', '\r']) && self.rest().first() == Some(&b'\'');
+        self.at = if goes_on { self.at + 1 } else { before };
+        goes_on
     }
 
     fn dollar_quoted(&mut self) -> Option<&'a str> {

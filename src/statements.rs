@@ -342,6 +342,14 @@ mod tests {
             assert!(!Traits::of(sql).controls, "{sql}");
         }
         assert!(Traits::of("rollback  work AND /**/ chain").chains);
+        assert!(
+            Traits::of("SELECT E'a'\n'\\''; ROLLBACK AND CHAIN; SELECT ''").chains,
+            "a string that goes on"
+        );
+        assert!(
+            Traits::of("CREATE FUNCTION begin() RETURNS int LANGUAGE sql AS 'SELECT 1'; ROLLBACK AND CHAIN")
+                .chains
+        );
         assert!(!Traits::of("rollback and no chain").chains && !Traits::of("commit and chain").chains);
     }
 

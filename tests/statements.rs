@@ -153,11 +153,11 @@ async fn statements_that_were_deallocated_are_prepared_again() {
 const DROP_UNSEEN: &str = "DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$";
 
 #[tokio::test]
-async fn begin_and_commit_are_parsed_once_on_each_connection() {
+async fn begin_is_parsed_once_on_each_connection() {
     let db = Database::new().await;
     let sessions = db.single();
     let own = "SELECT count(*), min(extract(epoch FROM prepare_time)::text) FROM pg_prepared_statements \
-               WHERE statement IN ('BEGIN', 'COMMIT')";
+               WHERE name LIKE 'pgs:%'";
     let mut seen = Vec::new();
     for _ in 0..3 {
         sessions.transaction(async |tx| tx.execute("SELECT 1", &[]).await).await.unwrap();
@@ -165,7 +165,7 @@ async fn begin_and_commit_are_parsed_once_on_each_connection() {
         let row = sessions.acquire().await.unwrap().query_one(own, &[]).await.unwrap();
         seen.push((row.get::<_, i64>(0), row.get::<_, String>(1)));
     }
-    assert_eq!(seen[0].0, 2);
+    assert_eq!(seen[0].0, 1);
     assert!(seen.iter().all(|one| *one == seen[0]), "{seen:?}");
 }
 
@@ -188,7 +188,6 @@ async fn a_transaction_commits_though_it_dropped_what_is_prepared_unseen() {
     let db = Database::new().await;
     db.run("CREATE TABLE t (n int)").await;
     let sessions = db.single();
-    let mut runs = 0;
     for expected in 1..=2 {
         let attempts = AtomicU32::new(0);
         sessions
@@ -200,9 +199,8 @@ async fn a_transaction_commits_though_it_dropped_what_is_prepared_unseen() {
             .await
             .unwrap();
         assert_eq!(db.number("SELECT count(*) FROM t").await, expected);
-        runs += attempts.into_inner();
+        assert_eq!(attempts.into_inner(), 1);
     }
-    assert_eq!(runs, 3, "the second time, COMMIT had been parsed before, and was refused once");
 }
 
 #[tokio::test]

@@ -108,6 +108,9 @@ impl Exchange {
         }
         if self.lead > 0 {
             wire.happen(happened::LEAD_REFUSED);
+            if self.begin > 0 {
+                wire.happen(happened::START_REFUSED);
+            }
         }
         if self.begin > 0 && self.lead >= self.begin {
             wire.happen(happened::BEGIN_REFUSED);
@@ -150,7 +153,8 @@ impl Exchange {
         }
         // One that was given up meanwhile is nobody's.
         if self.lead == self.begin && wire.has(happened::RECORDING) {
-            wire.happen(happened::BEGUN);
+            // Something else may have been prepared by our name: what came behind has run on its own.
+            wire.happen(if tag == b"BEGIN" { happened::BEGUN } else { happened::ENDED_BY_SQL });
         }
         if self.lead == self.roll_back {
             wire.undo(happened::BEGUN);

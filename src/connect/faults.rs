@@ -23,7 +23,7 @@ pub(crate) enum Fault {
 #[derive(Debug, Default)]
 pub(super) struct Faults {
     faults: Vec<Fault>,
-    /// Serialization failures and deadlocks that a savepoint was rolled back for.
+    /// Those that a savepoint was rolled back for, which does not help.
     forgiven: Vec<Arc<ServerError>>,
     pub(super) last: Option<Arc<ServerError>>,
     pub(super) fatal: Option<Arc<ServerError>>,
@@ -87,12 +87,20 @@ impl Faults {
     fn remember(&mut self, faults: Vec<Fault>) {
         for fault in faults {
             if let Fault::Server(e) = fault {
-                if e.code.code().starts_with("40") && self.forgiven.len() < LIMIT {
+                if outlives_savepoints(&e) && self.forgiven.len() < LIMIT {
                     self.forgiven.push(e);
                 }
             }
         }
     }
+}
+
+/// Whether the whole transaction has to be run again for it: after a serialization failure or deadlock, and with what was
+/// prepared before the schema changed or is gone.
+fn outlives_savepoints(error: &ServerError) -> bool {
+    let code = error.code.code();
+    let stale = code == "26000" || error.routine.as_deref() == Some("RevalidateCachedQuery");
+    code.starts_with("40") || stale
 }
 
 /// Reads the fields that are kept (manual, chapter 54.8).

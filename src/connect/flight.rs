@@ -58,14 +58,12 @@ impl Step {
     /// As messages of the extended protocol, with values as parameters.
     fn write(&self, named: &mut Named, flight: u64, out: &mut BytesMut) -> io::Result<()> {
         match self {
-            Self::Begin(sql) if sql == "BEGIN" => named.run("pgs:BEGIN", sql, &[], flight, out),
-            Self::Begin(sql) => named.run(&format!("pgs:{sql}"), sql, &[], flight, out),
-            Self::Commit => named.run("pgs:COMMIT", "COMMIT", &[], flight, out),
-            Self::Setting(name, value) => {
-                named.run("pgs:set_config", SET_CONFIG, &[name, value], flight, out)
-            }
-            // Savepoints have another name each time, and ROLLBACK must not fail for want of one.
-            Self::RollBack | Self::Savepoint(_) | Self::Release(_) | Self::RollBackTo(_) => {
+            Self::Begin(sql) if sql == "BEGIN" => named.run("pgs:BEGIN", sql, flight, out),
+            Self::Begin(sql) => named.run(&format!("pgs:{sql}"), sql, flight, out),
+            // Nothing in the answer would tell whether the name stood for something else.
+            Self::Setting(name, value) => named::run(SET_CONFIG, &[name, value], out),
+            // Work that is done must not be undone for want of a name; savepoints have another each time.
+            Self::Commit | Self::RollBack | Self::Savepoint(_) | Self::Release(_) | Self::RollBackTo(_) => {
                 named::run(&self.sql(), &[], out)
             }
         }
@@ -142,8 +140,8 @@ impl Flight {
     }
 
     /// What goes behind its last one.
-    pub(super) fn write_end(&self, named: &mut Named, number: u64, out: &mut BytesMut) -> io::Result<()> {
-        if self.commit && self.kind != Kind::End { Step::Commit.write(named, number, out) } else { Ok(()) }
+    pub(super) fn write_end(&self, out: &mut BytesMut) -> io::Result<()> {
+        if self.commit && self.kind != Kind::End { named::run(&Step::Commit.sql(), &[], out) } else { Ok(()) }
     }
 }
 

@@ -228,9 +228,6 @@ impl Incoming {
             None if tag == b'Z' => return true,
             None => Kind::Statement,
         };
-        if self.discarding {
-            return false;
-        }
         match tag {
             _ if wire.has(happened::RAW) => true,
             b'G' if kind != Kind::CopyIn => {
@@ -242,12 +239,12 @@ impl Incoming {
                 }
                 false
             }
-            b'H' if matches!(kind, Kind::Statement | Kind::Text) => {
+            b'H' if !self.discarding && matches!(kind, Kind::Statement | Kind::Text) => {
                 put_frame(b'E', COPY_REFUSED, &mut owed.ready);
                 self.discarding = true;
                 false
             }
-            _ => true,
+            _ => !self.discarding,
         }
     }
 
@@ -255,7 +252,8 @@ impl Incoming {
     fn on_command(&mut self, tag: &[u8], named: &mut Named, wire: &Wire) {
         match tag {
             b"ROLLBACK" => self.rolled_back = true,
-            b"DISCARD ALL" | b"DEALLOCATE ALL" => named.forget(),
+            // DO can do it unseen, and so can whatever else was run by a session that is reset.
+            b"DEALLOCATE" | b"DEALLOCATE ALL" | b"DISCARD ALL" | b"DISCARD TEMP" | b"DO" => named.forget(),
             _ => {}
         }
         wire.on_command(tag);
@@ -345,7 +343,7 @@ fn is_command(body: &[u8]) -> bool {
         (6, Some(b'B'))
             | (7, Some(b'C'))
             | (9, Some(b'R'))
-            | (12 | 15, Some(b'D'))
+            | (3 | 11 | 12 | 13 | 15, Some(b'D'))
             | (18, Some(b'S'))
             | (20, Some(b'P'))
     )

@@ -218,7 +218,7 @@ mod tests {
                     wire.lead(Step::Release(3));
                     wire.end(Step::Commit);
                     let sent = write(&mut ledger, &wire, &query, out);
-                    assert_eq!(tags(&sent), b"PBEPBECPBES", "pieces of {out}");
+                    assert_eq!(tags(&sent), b"PBEPBEPBES", "pieces of {out}");
                     assert!(wire.facts().commit_sent && wire.sent() == 1);
                     assert_eq!(read(&mut ledger, &wire, served, step), passed, "pieces of {step}");
                     assert_eq!(wire.answered(), 1);
@@ -237,7 +237,7 @@ mod tests {
         wire.group(2, true);
         let sent = write(&mut ledger, &wire, &[request(), close(), request()].concat(), out);
         // BEGIN; the two; COMMIT; and only then what nobody waits for.
-        assert_eq!(tags(&sent), b"CPBEBEBECPBESCS", "pieces of {out}");
+        assert_eq!(tags(&sent), b"CPBEBEBEPBESCS", "pieces of {out}");
         assert!(wire.facts().commit_sent);
         (ledger, wire)
     }

@@ -2,7 +2,7 @@
 //!
 //! Parsing takes the server longer than running BEGIN does. A name is relied on only when the flight that brought it was
 //! answered without an error; until then, and wherever it may be gone, it is made afresh. Should it be missing all the
-//! same, the flight fails there (SQLSTATE 26000, which is retried). A name says what it stands for, so that where a pooler
+//! same, the flight fails there (SQLSTATE 26000, for which closures and batches are retried by default). A name says what it stands for, so that where a pooler
 //! mixes up the statements of several clients, it never stands for another.
 
 use std::io;
@@ -28,7 +28,7 @@ pub(super) struct Named {
 #[derive(Debug)]
 struct Statement {
     name: Box<str>,
-    /// The messages that run it, if it takes no values: they are always the same.
+    /// The messages that run it, which are always the same.
     messages: BytesMut,
     state: State,
 }
@@ -43,31 +43,23 @@ enum State {
 }
 
 impl Named {
-    /// Writes the messages that run `sql`, which this name stands for, with `values` in the flight with this number.
-    pub(super) fn run(
-        &mut self,
-        name: &str,
-        sql: &str,
-        values: &[&str],
-        flight: u64,
-        out: &mut BytesMut,
-    ) -> io::Result<()> {
-        let Some(statement) = self.statement(name) else { return run(sql, values, out) };
+    /// Writes the messages that run `sql`, which this name stands for, in the flight with this number.
+    pub(super) fn run(&mut self, name: &str, sql: &str, flight: u64, out: &mut BytesMut) -> io::Result<()> {
+        let Some(statement) = self.statement(name) else { return run(sql, &[], out) };
         match statement.state {
             // Should the flight fail that brings it, there is no such name for this one.
-            State::Asked(earlier) if earlier != flight => return run(sql, values, out),
-            State::Asked(_) | State::Kept if values.is_empty() => {
+            State::Asked(earlier) if earlier != flight => return run(sql, &[], out),
+            State::Asked(_) | State::Kept => {
                 out.put_slice(&statement.messages);
                 return Ok(());
             }
-            State::Asked(_) | State::Kept => return execute(&statement.name, values, out),
             State::Unknown => {}
         }
         // To close what is not there is no error; to parse it twice is.
         frontend::close(b'S', &statement.name, out)?;
-        parse(&statement.name, sql, values, out)?;
+        parse(&statement.name, sql, &[], out)?;
         let begin = out.len();
-        execute(&statement.name, values, out)?;
+        execute(&statement.name, &[], out)?;
         statement.messages = out[begin..].into();
         statement.state = State::Asked(flight);
         self.unsettled = true;
@@ -150,7 +142,7 @@ mod tests {
     /// What is written to begin in the flight with this number.
     fn begin(named: &mut Named, flight: u64) -> Vec<u8> {
         let mut out = BytesMut::new();
-        named.run("a", "BEGIN", &[], flight, &mut out).expect("messages");
+        named.run("a", "BEGIN", flight, &mut out).expect("messages");
         tags(&out)
     }
 
@@ -190,7 +182,7 @@ mod tests {
         let mut named = Named::default();
         for i in 0..2 * LIMIT {
             let mut out = BytesMut::new();
-            named.run(&i.to_string(), "BEGIN", &[], 1, &mut out).expect("messages");
+            named.run(&i.to_string(), "BEGIN", 1, &mut out).expect("messages");
             assert_eq!(tags(&out), if i < LIMIT { &b"CPBE"[..] } else { b"PBE" });
         }
     }
@@ -199,7 +191,7 @@ mod tests {
     fn a_name_that_the_server_would_cut_is_none() {
         for (length, written) in [(NAME_LIMIT, &b"CPBE"[..]), (NAME_LIMIT + 1, b"PBE")] {
             let mut out = BytesMut::new();
-            Named::default().run(&"x".repeat(length), "BEGIN", &[], 1, &mut out).expect("messages");
+            Named::default().run(&"x".repeat(length), "BEGIN", 1, &mut out).expect("messages");
             assert_eq!(tags(&out), written);
         }
     }

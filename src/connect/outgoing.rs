@@ -230,7 +230,7 @@ impl Outgoing {
         let (group, exchange) = wire.take_next(|next| {
             next.write_lead(named, number, out)?;
             let mut end = BytesMut::new();
-            next.write_end(named, number, &mut end)?;
+            next.write_end(&mut end)?;
             let group = Group { kind, left: next.requests.max(1), end, commit: next.commit };
             Ok::<_, io::Error>((group, Exchange::new(next)))
         })?;

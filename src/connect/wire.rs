@@ -68,6 +68,8 @@ pub(super) mod happened {
     pub(in super::super) const BEGIN_REFUSED: u32 = 1 << 15;
     /// Faults of our own are on record.
     pub(in super::super) const NOTED: u32 = 1 << 16;
+    /// A step was refused that was sent together with BEGIN, or BEGIN itself: nothing of it is there to go back to.
+    pub(in super::super) const START_REFUSED: u32 = 1 << 17;
 
     /// What belongs to one transaction.
     pub(in super::super) const TRANSACTION: u32 = RECORDING
@@ -82,6 +84,7 @@ pub(super) mod happened {
         | COMMIT_NEXT
         | LEAD_REFUSED
         | BEGIN_REFUSED
+        | START_REFUSED
         | NOTED;
 }
 use happened::*;
@@ -235,6 +238,11 @@ impl Wire {
     /// Whether it has refused a step of ours that went ahead of a statement.
     pub(crate) fn is_lead_refused(&self) -> bool {
         self.has(LEAD_REFUSED)
+    }
+
+    /// Whether that was sent together with BEGIN, so that there is nothing to go back to.
+    pub(crate) fn is_start_refused(&self) -> bool {
+        self.has(START_REFUSED)
     }
 
     /// Whether it has answered that with an error.

@@ -38,6 +38,20 @@ async fn drain(mut rows: Pin<&mut Rows>, mut take: impl FnMut(Row)) -> Result<()
     .await
 }
 
+/// COPY from or to the client has verbs of its own. By any other the server would wait for data, or do all of it and be told
+/// off.
+#[inline]
+fn refuse_copy(traits: Traits) -> Result<(), Error> {
+    if traits.copy_in || traits.copy_out { Err(copy_refused()) } else { Ok(()) }
+}
+
+#[cold]
+fn copy_refused() -> Error {
+    Error::config(
+        "COPY from or to the client needs a verb of its own: copy_in, copy_out, copy_rows_in, copy_rows_out",
+    )
+}
+
 /// Sends a statement, and gives its rows and the request. Should it turn out to be stale before it was run, and outside a
 /// transaction, it is prepared afresh and sent once more.
 ///
@@ -60,6 +74,10 @@ macro_rules! start {
             Ok(statement) => statement,
             Err(failure) => return Err(Box::pin(request.failed(failure)).await),
         };
+        if let Err(e) = refuse_copy(statement.traits()) {
+            request.finish();
+            return Err(e);
+        }
         let mut call = pin!($self.client.query_raw(statement.inner(), $params.iter().copied()));
         let answer = match poll_fn(|cx| request.poll_sent(cx, call.as_mut(), |_| ())).await {
             Ok(answer) => answer.map_err(Failure::Driver),
@@ -145,6 +163,7 @@ impl Connection {
     /// # Errors
     ///
     /// [`Error::Database`] if the server or the driver refuses it (wrong SQL, wrong number or types of parameters);
+    /// [`Error::Config`] for COPY from or to the client, which has verbs of its own;
     /// [`Error::Aborted`] if an earlier statement of the transaction failed; [`Error::ConnectionLost`];
     /// [`Error::StreamOpen`]; [`Error::Busy`].
     pub async fn query<S>(&self, sql: &S, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, Error>
@@ -225,9 +244,11 @@ impl Connection {
     ///
     /// As [`query`](Self::query).
     pub async fn batch_execute(&self, sql: &str) -> Result<(), Error> {
+        let traits = Traits::of(sql);
+        refuse_copy(traits)?;
         let mut request = self.request(Use::Shared).await?;
         self.shell.mark_dirty();
-        self.note_traits(Traits::of(sql));
+        self.note_traits(traits);
         // What is still to go ahead of it goes into its text.
         let lead = OnceLock::new();
         let call = pin!(async {

@@ -265,6 +265,9 @@ impl<'a> Transaction<'a> {
     fn undo(&mut self) {
         if let Role::Savepoint { number, mark } = self.role {
             self.done = true;
+            if self.connection.wire().is_start_refused() {
+                return; // it was never set, and what was refused is not undone
+            }
             let shell = &self.connection.shell;
             if !shell.retract(&Step::Savepoint(number)) {
                 shell.lead(Step::RollBackTo(number));
