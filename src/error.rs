@@ -635,6 +635,16 @@ pub struct ServerError {
 }
 
 impl ServerError {
+    /// What may be done about it by running the transaction again.
+    pub(crate) fn retry_class(&self) -> Option<RetryClass> {
+        match self.code.code() {
+            "0A000" if self.routine.as_deref() == Some("RevalidateCachedQuery") => {
+                Some(RetryClass::StaleStatement)
+            }
+            code => RetryClass::of(code),
+        }
+    }
+
     /// The SQLSTATE.
     #[must_use]
     pub fn code(&self) -> &SqlState {

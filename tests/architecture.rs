@@ -16,7 +16,7 @@ const HOUSE: &[(&str, &[&str])] = &[
     ("error", &["retry", "status"]),
     ("options", &["error", "retry"]),
     ("config", &["error", "options"]),
-    ("connect", &["config", "error", "lock"]),
+    ("connect", &["config", "error", "lock", "retry"]),
     (
         "connection",
         &["config", "connect", "error", "lock", "observe", "options", "record", "retry", "statements"],

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio_postgres::error::SqlState;
 
 use crate::error::ServerError;
+use crate::retry::RetryClass;
 
 /// Enough errors to name a cause; a transaction can fail in a loop of savepoints for as long as it likes.
 const LIMIT: usize = 16;
@@ -98,9 +99,7 @@ impl Faults {
 /// Whether the whole transaction has to be run again for it: after a serialization failure or deadlock, and with what was
 /// prepared before the schema changed or is gone.
 fn outlives_savepoints(error: &ServerError) -> bool {
-    let code = error.code.code();
-    let stale = code == "26000" || error.routine.as_deref() == Some("RevalidateCachedQuery");
-    code.starts_with("40") || stale
+    error.code.code().starts_with("40") || error.retry_class() == Some(RetryClass::StaleStatement)
 }
 
 /// Reads the fields that are kept (manual, chapter 54.8).

@@ -58,8 +58,7 @@ impl Step {
     /// As messages of the extended protocol, with values as parameters.
     fn write(&self, named: &mut Named, flight: u64, out: &mut BytesMut) -> io::Result<()> {
         match self {
-            Self::Begin(sql) if sql == "BEGIN" => named.run("pgs:BEGIN", sql, flight, out),
-            Self::Begin(sql) => named.run(&format!("pgs:{sql}"), sql, flight, out),
+            Self::Begin(sql) => named.run(sql, flight, out),
             // Nothing in the answer would tell whether the name stood for something else.
             Self::Setting(name, value) => named::run(SET_CONFIG, &[name, value], out),
             // Work that is done must not be undone for want of a name; savepoints have another each time.

@@ -18,6 +18,8 @@ const LIMIT: usize = 16;
 /// The server looks at so many bytes of a name (`NAMEDATALEN`).
 const NAME_LIMIT: usize = 63;
 
+const PREFIX: &str = "pgs:";
+
 #[derive(Debug, Default)]
 pub(super) struct Named {
     statements: Vec<Statement>,
@@ -27,7 +29,8 @@ pub(super) struct Named {
 
 #[derive(Debug)]
 struct Statement {
-    name: Box<str>,
+    /// The prefix and the SQL.
+    name: String,
     /// The messages that run it, which are always the same.
     messages: BytesMut,
     state: State,
@@ -43,9 +46,9 @@ enum State {
 }
 
 impl Named {
-    /// Writes the messages that run `sql`, which this name stands for, in the flight with this number.
-    pub(super) fn run(&mut self, name: &str, sql: &str, flight: u64, out: &mut BytesMut) -> io::Result<()> {
-        let Some(statement) = self.statement(name) else { return run(sql, &[], out) };
+    /// Writes the messages that run `sql` in the flight with this number.
+    pub(super) fn run(&mut self, sql: &str, flight: u64, out: &mut BytesMut) -> io::Result<()> {
+        let Some(statement) = self.statement(sql) else { return run(sql, &[], out) };
         match statement.state {
             // Should the flight fail that brings it, there is no such name for this one.
             State::Asked(earlier) if earlier != flight => return run(sql, &[], out),
@@ -66,15 +69,15 @@ impl Named {
         Ok(())
     }
 
-    fn statement(&mut self, name: &str) -> Option<&mut Statement> {
-        let known = self.statements.iter().position(|statement| *statement.name == *name);
+    fn statement(&mut self, sql: &str) -> Option<&mut Statement> {
+        let known = self.statements.iter().position(|statement| statement.name[PREFIX.len()..] == *sql);
         let index = known.unwrap_or(self.statements.len());
         if known.is_none() {
-            if self.statements.len() == LIMIT || name.len() > NAME_LIMIT {
+            if index == LIMIT || PREFIX.len() + sql.len() > NAME_LIMIT {
                 return None;
             }
             self.statements.push(Statement {
-                name: name.into(),
+                name: format!("{PREFIX}{sql}"),
                 messages: BytesMut::new(),
                 state: State::Unknown,
             });
@@ -142,7 +145,7 @@ mod tests {
     /// What is written to begin in the flight with this number.
     fn begin(named: &mut Named, flight: u64) -> Vec<u8> {
         let mut out = BytesMut::new();
-        named.run("a", "BEGIN", flight, &mut out).expect("messages");
+        named.run("BEGIN", flight, &mut out).expect("messages");
         tags(&out)
     }
 
@@ -182,7 +185,7 @@ mod tests {
         let mut named = Named::default();
         for i in 0..2 * LIMIT {
             let mut out = BytesMut::new();
-            named.run(&i.to_string(), "BEGIN", 1, &mut out).expect("messages");
+            named.run(&format!("BEGIN {i}"), 1, &mut out).expect("messages");
             assert_eq!(tags(&out), if i < LIMIT { &b"CPBE"[..] } else { b"PBE" });
         }
     }
@@ -191,7 +194,7 @@ mod tests {
     fn a_name_that_the_server_would_cut_is_none() {
         for (length, written) in [(NAME_LIMIT, &b"CPBE"[..]), (NAME_LIMIT + 1, b"PBE")] {
             let mut out = BytesMut::new();
-            Named::default().run(&"x".repeat(length), "BEGIN", 1, &mut out).expect("messages");
+            Named::default().run(&"x".repeat(length - PREFIX.len()), 1, &mut out).expect("messages");
             assert_eq!(tags(&out), written);
         }
     }

@@ -193,11 +193,16 @@ impl Outgoing {
 
     /// Puts a part of the frame under way where it belongs.
     fn put(&mut self, part: &[u8], out: &mut BytesMut) {
-        match &self.group {
-            Some(_) if self.writing == Writing::Closing => self.held.put_slice(part),
-            Some(group) if group.kind == Kind::End => {}
-            _ => out.put_slice(part),
+        if self.holds_back() {
+            self.held.put_slice(part);
+        } else if !self.stands_in() {
+            out.put_slice(part);
         }
+    }
+
+    /// Whether what is written is not sent, since our steps are in its place.
+    fn stands_in(&self) -> bool {
+        self.group.as_ref().is_some_and(|group| group.kind == Kind::End)
     }
 
     /// A frame begins. If it begins a request, what waits for one goes ahead of it.
@@ -302,7 +307,7 @@ impl Outgoing {
             }
         } else if tag == b'Q' && self.group.is_some() {
             self.note_commit(out);
-            if self.group.as_ref().is_some_and(|group| group.kind == Kind::End) {
+            if self.stands_in() {
                 out.put_slice(SYNC);
             }
             self.writing = Writing::Nothing;

@@ -7,7 +7,7 @@ use tokio::time::{sleep, timeout};
 use super::transaction::{CommitWent, Hooks, Transaction};
 use crate::connect::{Fault, TransactionStatus};
 use crate::connection::Connection;
-use crate::error::{Error, ServerError};
+use crate::error::Error;
 use crate::observe::{self, Outcome};
 use crate::options::TransactionOptions;
 use crate::retry::{RetryClass, jitter};
@@ -272,23 +272,14 @@ fn class_of_fault(fault: &Fault) -> Option<RetryClass> {
     match fault {
         // Whatever it was ended for, as for being idle in a transaction: the connection is lost.
         Fault::Server(error) if error.is_fatal() => Some(RetryClass::ConnectionLost),
-        Fault::Server(error) => class_of(error),
+        Fault::Server(error) => error.retry_class(),
         Fault::Abandoned | Fault::Halfway => None,
-    }
-}
-
-fn class_of(error: &ServerError) -> Option<RetryClass> {
-    match error.code().code() {
-        "0A000" if error.routine.as_deref() == Some("RevalidateCachedQuery") => {
-            Some(RetryClass::StaleStatement)
-        }
-        code => RetryClass::of(code),
     }
 }
 
 fn class_of_error(error: &Error, tx: &Transaction<'_>) -> Option<RetryClass> {
     match error {
-        Error::Aborted(first) => class_of(first),
+        Error::Aborted(first) => first.retry_class(),
         Error::Database(_) => error.code().and_then(|code| RetryClass::of(code.code())),
         // Lost before COMMIT was sent; or COMMIT went along with it, and was not reached.
         Error::ConnectionLost(_) | Error::Batch(_) => match tx.connection().wire().fault(0) {
